@@ -1,0 +1,96 @@
+"""Prompts through the processor's own template, and label masks on expanded ids.
+
+The processor turns one `<sound>` into hundreds of tokens, so nothing here counts tokens of the
+text prompt: masks are read off the expanded ids, at the template's turn markers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Message = Mapping[str, Any]
+
+
+def with_audio_part(messages: Sequence[Message], has_audio: bool) -> list[dict[str, Any]]:
+    """Messages in content-part form, with the clip in front of the first user turn's text."""
+    out, placed = [], not has_audio
+    for message in messages:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": str(message["content"])}]
+        if message["role"] == "user" and not placed:
+            parts.insert(0, {"type": "audio"})
+            placed = True
+        out.append({"role": message["role"], "content": parts})
+    if not placed:
+        raise ValueError("chat: a clip and no user turn to put it in; add a user message")
+    return out
+
+
+def render(
+    processor: Any, messages: Sequence[Message], *, has_audio: bool, generate: bool = True
+) -> str:
+    """The prompt as text, one `<sound>` for the clip; `generate` opens the assistant's turn."""
+    return processor.apply_chat_template(
+        with_audio_part(messages, has_audio), tokenize=False, add_generation_prompt=generate
+    )
+
+
+def encode(
+    processor: Any,
+    messages: Sequence[Message],
+    waveform: np.ndarray | None = None,
+    *,
+    generate: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Expanded ids, and audio features where there is a clip.
+
+    Args:
+        waveform: float32 (num_samples,) at 16 kHz, or None.
+
+    Returns:
+        `input_ids` (1, P) and, with audio, `input_features` (W, mel_bins, frames) and
+        `input_features_mask` (W, frames), W windows.
+    """
+    text = render(processor, messages, has_audio=waveform is not None, generate=generate)
+    audio = None if waveform is None else [waveform]
+    batch = processor(text=[text], audio=audio, return_tensors="pt")
+    keep = ("input_ids", "input_features", "input_features_mask")
+    return {key: batch[key] for key in keep if key in batch}
+
+
+def assistant_mask(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Which tokens the assistant wrote, the closing `<|im_end|>` included.
+
+    Args:
+        input_ids: (T,) expanded ids of one conversation.
+
+    Returns:
+        bool (T,).
+    """
+    opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = input_ids.tolist()
+    mask = torch.zeros(len(ids), dtype=torch.bool)
+    position = 0
+    while position + len(opening) <= len(ids):
+        if ids[position : position + len(opening)] != opening:
+            position += 1
+            continue
+        position += len(opening)
+        while position < len(ids):
+            mask[position] = True
+            position += 1
+            if ids[position - 1] == end_id:
+                break
+    return mask
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """(thought, answer), split at the LAST `</think>`; the opening tag is often missing."""
+    thought, found, answer = text.rpartition("</think>")
+    if not found:
+        return "", text.strip()
+    return thought.replace("<think>", "", 1).strip(), answer.strip()

@@ -1,0 +1,290 @@
+"""The row schema: one question about one clip, validated on load.
+
+A JSONL file holds one row a line. Example::
+
+    {"id": "t-1", "prompt": [{"role": "user", "content": "When is seven heard?"}],
+     "audio": "audio/t-1.flac", "duration_s": 10.0,
+     "events": [{"start_s": 2.1, "end_s": 2.6, "label": "seven"}], "query": "seven",
+     "answer": "<t>2.1-2.6</t>", "task": "grounding", "language": "en",
+     "source": "timelines", "licence": "CC-BY-SA-3.0"}
+
+NVIDIA's `sound` / `conversations` JSON and TRL's conversational rows with an `audio` column are
+accepted as they are. Relative audio paths are taken from the file's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.types import Task
+
+AUDIO_TASKS = frozenset(Task) - {Task.CHAT, Task.REFUSAL}
+EVENT_SLACK_S = 0.05
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something heard: [start_s, end_s) in seconds from the clip's start, and its label."""
+
+    start_s: float
+    end_s: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question about one clip.
+
+    Attributes:
+        prompt: chat messages up to the last user turn; the audio is not written into them.
+        audio: path of the clip, or None for text-only rows.
+        duration_s: length of the clip in seconds, None without audio.
+        events: everything annotated in the clip, in order of start.
+        query: label asked for; the target spans of grounding rows are the events that carry it.
+        answer: reference answer; "" when there is none.
+        choices: texts of the options of a `choice` row, in order (A), (B), ...
+        split: "train", "test" or "unheard".
+    """
+
+    id: str
+    prompt: tuple[Message, ...]
+    audio: str | None
+    duration_s: float | None
+    task: Task
+    events: tuple[Event, ...] = ()
+    query: str | None = None
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+    language: str = "en"
+    source: str = ""
+    licence: str = ""
+    split: str = "train"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def target_spans(self) -> tuple[tuple[float, float], ...]:
+        """Spans that answer the question, seconds: the queried events, or all of them."""
+        wanted = [e for e in self.events if self.query is None or e.label == self.query]
+        return tuple((e.start_s, e.end_s) for e in wanted)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a JSONL (or one JSON list) file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: names file, line and key, the value and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"rows {path}: no such file; correct data.*.path")
+    rows, seen = [], {}
+    for line_number, record in _records(path):
+        where = f"{path}:{line_number}"
+        row = parse_row(record, where=where, base_dir=path.parent)
+        if row.id in seen:
+            raise ValueError(f"{where}: id {row.id!r} stands on line {seen[row.id]} already")
+        seen[row.id] = line_number
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"rows {path}: no rows in the file")
+    return rows
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            yield from enumerate(json.loads(text), start=1)
+            return
+        for line_number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield line_number, json.loads(line)
+    except json.JSONDecodeError as error:
+        at = error.lineno if text.lstrip().startswith("[") else line_number
+        raise ValueError(f"{path}:{at}: not JSON ({error.msg}); one object a line") from error
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes JSONL atomically; audio below the file's folder is written as a relative path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    with partial.open("w", encoding="utf-8") as out:
+        for row in rows:
+            record = asdict(row)
+            if row.audio and Path(row.audio).is_relative_to(path.parent):
+                record["audio"] = Path(row.audio).relative_to(path.parent).as_posix()
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def parse_row(
+    record: Mapping[str, Any], *, where: str = "row", base_dir: Path | None = None
+) -> Row:
+    """One row from our schema, NVIDIA's `sound`/`conversations` or TRL's conversational form."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: {type(record).__name__} instead of a JSON object")
+    if "conversations" in record:
+        record = _from_nvidia(record, where)
+    elif "messages" in record and "prompt" not in record:
+        record = _from_trl_messages(record, where)
+    row = _build(record, where, base_dir)
+    _validate(row, where)
+    return row
+
+
+def _from_nvidia(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    turns = record["conversations"]
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = []
+    for turn in turns:
+        role = roles.get(turn.get("from"))
+        if role is None:
+            raise ValueError(f"{where}: conversations.from {turn.get('from')!r}; human or gpt")
+        messages.append({"role": role, "content": turn.get("value", "")})
+    out = _split_last_answer(messages, where)
+    out |= {"id": record.get("id"), "audio": record.get("sound")}
+    out |= {"duration_s": record.get("duration")}
+    for key in ("task", "language", "source", "licence", "events"):
+        if key in record:
+            out[key] = record[key]
+    return out
+
+
+def _from_trl_messages(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rest = {k: v for k, v in record.items() if k != "messages"}
+    return rest | _split_last_answer(list(record["messages"]), where)
+
+
+def _split_last_answer(messages: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    answer = ""
+    if messages and messages[-1]["role"] == "assistant":
+        answer = _text_of(messages.pop()["content"])
+    if not messages:
+        raise ValueError(f"{where}: no user turn before the answer")
+    return {"prompt": messages, "answer": answer}
+
+
+def _text_of(content: Any) -> str:
+    """Text of a message, audio placeholders removed: the chat template writes those itself."""
+    if isinstance(content, list):
+        content = "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    text = str(content)
+    for token in ("<sound>", *(f"<sound-{i}>" for i in range(1, 17))):
+        text = text.replace(f"{token}\n", "").replace(token, "")
+    return text.strip()
+
+
+KNOWN_KEYS = {f.name for f in fields(Row)}
+
+
+def _build(record: Mapping[str, Any], where: str, base_dir: Path | None) -> Row:
+    for key in ("id", "prompt"):
+        if record.get(key) in (None, "", []):
+            raise ValueError(f"{where}: `{key}` is missing")
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    audio = _audio_path(record.get("audio"), where, base_dir)
+    answer = record.get("answer", record.get("completion", record.get("solution", ""))) or ""
+    if isinstance(answer, list):
+        answer = _text_of(answer[-1]["content"])
+    extra = {k: v for k, v in record.items() if k not in KNOWN_KEYS | {"completion", "solution"}}
+    return Row(
+        id=str(record["id"]),
+        prompt=tuple({"role": m["role"], "content": _text_of(m["content"])} for m in prompt),
+        audio=audio,
+        duration_s=_number(record.get("duration_s"), f"{where}: duration_s"),
+        task=_task(record.get("task", "chat" if audio is None else None), where),
+        events=_events(record.get("events") or (), where),
+        query=record.get("query"),
+        answer=str(answer),
+        choices=tuple(record.get("choices") or ()),
+        language=record.get("language") or "en",
+        source=record.get("source") or "",
+        licence=record.get("licence") or "",
+        split=record.get("split") or "train",
+        metadata=dict(record.get("metadata") or {}) | extra,
+    )
+
+
+def _audio_path(audio: Any, where: str, base_dir: Path | None) -> str | None:
+    if isinstance(audio, Mapping):
+        audio = audio.get("path")
+    if isinstance(audio, Sequence) and not isinstance(audio, str):
+        if len(audio) > 1:
+            raise ValueError(
+                f"{where}: {len(audio)} clips in one row; the engine takes one audio a prompt: "
+                "join the clips or make one row of each"
+            )
+        audio = audio[0] if audio else None
+    if not audio:
+        return None
+    if not isinstance(audio, str):
+        raise ValueError(f"{where}: audio of type {type(audio).__name__}; give a path")
+    if base_dir is not None and not Path(audio).is_absolute():
+        audio = str(base_dir / audio)
+    return audio
+
+
+def _number(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where} is {value!r}; a finite number of seconds is needed")
+    return float(value)
+
+
+def _task(value: Any, where: str) -> Task:
+    try:
+        return Task(value if value is not None else "chat")
+    except ValueError:
+        raise ValueError(f"{where}: unknown task {value!r}; one of {[t.value for t in Task]}") from None
+
+
+def _events(records: Iterable[Any], where: str) -> tuple[Event, ...]:
+    events = []
+    for i, record in enumerate(records):
+        at = f"{where}: events[{i}]"
+        if isinstance(record, Event):
+            record = asdict(record)
+        start_s = _number(record.get("start_s"), f"{at}.start_s")
+        end_s = _number(record.get("end_s"), f"{at}.end_s")
+        if start_s is None or end_s is None:
+            raise ValueError(f"{at}: start_s and end_s are both needed")
+        events.append(Event(start_s, end_s, str(record.get("label", ""))))
+    return tuple(sorted(events, key=lambda e: (e.start_s, e.end_s)))
+
+
+def _validate(row: Row, where: str) -> None:
+    if row.audio is None and row.task in AUDIO_TASKS:
+        raise ValueError(f"{where}: task {row.task.value!r} needs `audio`; give a path")
+    if row.audio is not None and (row.duration_s is None or row.duration_s <= 0):
+        raise ValueError(f"{where}: duration_s is {row.duration_s!r}; give the clip's seconds")
+    for i, event in enumerate(row.events):
+        at = f"{where}: events[{i}] {event.start_s:g}-{event.end_s:g} s"
+        if event.end_s < event.start_s:
+            raise ValueError(f"{at} is reversed; swap start_s and end_s")
+        limit_s = (row.duration_s or 0.0) + EVENT_SLACK_S
+        if event.start_s < 0 or event.end_s > limit_s:
+            raise ValueError(f"{at} lies outside the clip of {row.duration_s} s; correct it")
+    if row.task is Task.GROUNDING and not row.target_spans:
+        raise ValueError(
+            f"{where}: grounding row with query {row.query!r} and no such event; "
+            "add the event, or use task 'absent'"
+        )
+    if row.task is Task.CHOICE and not row.answer:
+        raise ValueError(f"{where}: choice row without `answer`; give the letter or the text")
+
+
+def relocate(row: Row, audio: str) -> Row:
+    """The same row with its clip at another path."""
+    return replace(row, audio=audio)

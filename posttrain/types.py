@@ -16,7 +16,7 @@ This file imports nothing heavy: no torch, no numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,14 +101,14 @@ class PromptRequest:
         prompt_id: the row's id, part of the seed of every completion.
         messages: chat messages without the audio part.
         audio_path: file to read in the worker, or None; waveforms never travel with the request.
-        seeds: (G,) one seed a completion; ignored when greedy.
+        seed: of the first completion; completion i uses seed + i. Ignored when greedy.
     """
 
     group_id: str
     prompt_id: str
     messages: tuple[Mapping[str, Any], ...]
     audio_path: str | None
-    seeds: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Group:
 
     Attributes:
         prompt_token_ids: (P,) expanded ids as the engine saw them, audio placeholders included.
-        completions: (G,) in seed order.
+        completions: (G,), completion i drawn with seed + i.
         worker: name of the worker that answered.
         attempts: how often the group was issued (1 unless a worker died).
     """
@@ -173,9 +173,13 @@ class Engine(Protocol):
         """Log-probability (natural log, temperature 1) of each of `token_ids` after the prompt."""
         ...
 
-    def load_weights(self, weights: Iterator[tuple[str, Any]], policy_version: int) -> None: ...
+    def load_adapter(self, files: Mapping[str, bytes], policy_version: int) -> None:
+        """Serves a PEFT adapter, given as its files, from now on."""
+        ...
 
-    def load_adapter(self, adapter_dir: str, policy_version: int) -> None: ...
+    def set_policy_version(self, policy_version: int) -> None:
+        """Ends a full weight update: drops every cache that depends on the weights."""
+        ...
 
 
 class Sink(Protocol):

@@ -87,10 +87,3 @@ def assistant_mask(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
                 break
     return mask
 
-
-def split_thinking(text: str) -> tuple[str, str]:
-    """(thought, answer), split at the LAST `</think>`; the opening tag is often missing."""
-    thought, found, answer = text.rpartition("</think>")
-    if not found:
-        return "", text.strip()
-    return thought.replace("<think>", "", 1).strip(), answer.strip()

@@ -1,0 +1,160 @@
+"""Rollout workers as a pool: fan out, keep groups whole, replace the dead and the hung.
+
+    requests --round robin--> workers --groups--> checked: every group once, in order
+
+A worker that dies (or answers nothing within `timeout_s`) is killed, started anew, brought to the
+current policy version and given its unanswered groups again. A group keeps its id, so a late
+answer of a replaced worker can never be trained twice: its actor is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from posttrain.rollout.settings import EngineSettings
+from posttrain.rollout.worker import RolloutWorker
+from posttrain.types import Group, PromptRequest, SamplingSettings
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 1_800.0
+
+
+@dataclass
+class PoolStatistics:
+    """Of the last `generate`: seconds in all, idle share of the workers, reissued groups."""
+
+    wall_s: float = 0.0
+    waiting_share: float = 0.0
+    reissued_groups: int = 0
+
+
+@dataclass
+class RolloutPool:
+    """`num_workers` engines behind one `generate`.
+
+    Attributes:
+        resources: Ray options of one worker (`num_gpus`, `num_cpus`, scheduling strategy).
+        on_replaced: called after a worker was replaced; brings new workers to the policy.
+        restarts: workers replaced so far.
+    """
+
+    settings: EngineSettings
+    num_workers: int
+    timeout_s: float
+    max_restarts: int
+    resources: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 0})
+    on_replaced: Callable[[], None] | None = None
+    workers: list[Any] = field(default_factory=list)
+    restarts: int = 0
+    last: PoolStatistics = field(default_factory=PoolStatistics)
+
+    def start(self) -> None:
+        """Starts all workers at once and waits for their engines."""
+        self.workers = [self._new_worker(i) for i in range(self.num_workers)]
+        self._await_ready(self.workers)
+
+    def _new_worker(self, index: int) -> Any:
+        name = f"rollout-{index}.{self.restarts}"
+        actor = ray.remote(RolloutWorker).options(max_restarts=0, **self.resources)
+        return actor.remote(name, self.settings)
+
+    def _await_ready(self, workers: Sequence[Any]) -> None:
+        try:
+            ray.get([w.ready.remote() for w in workers], timeout=START_TIMEOUT_S)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+
+    def pids(self) -> list[int]:
+        return ray.get([w.ready.remote() for w in self.workers], timeout=self.timeout_s)
+
+    def generate(
+        self, requests: Sequence[PromptRequest], settings: SamplingSettings
+    ) -> list[Group]:
+        """One group a request, in the order asked.
+
+        Raises:
+            RuntimeError: more than `max_restarts` workers were lost.
+            ValueError: a worker refused a request (bad audio): the original message.
+        """
+        started = time.monotonic()
+        answered: dict[str, Group] = {}
+        attempts = {request.group_id: 0 for request in requests}
+        if len(attempts) != len(requests):
+            raise ValueError("rollout pool: two requests with one group_id")
+        busy_s = 0.0
+        while missing := [r for r in requests if r.group_id not in answered]:
+            for request in missing:
+                attempts[request.group_id] += 1
+            shares = [missing[i :: len(self.workers)] for i in range(len(self.workers))]
+            results, lost = self._one_round(shares, settings)
+            for groups, seconds in results:
+                busy_s += seconds
+                answered |= {g.group_id: g for g in groups}
+            if lost:
+                self._replace(lost)
+        wall_s = time.monotonic() - started
+        self.last = PoolStatistics(
+            wall_s=wall_s,
+            waiting_share=1.0 - busy_s / max(wall_s * len(self.workers), 1e-9),
+            reissued_groups=sum(n > 1 for n in attempts.values()),
+        )
+        return [
+            replace(answered[r.group_id], attempts=attempts[r.group_id]) for r in requests
+        ]
+
+    def _one_round(
+        self, shares: Sequence[Sequence[PromptRequest]], settings: SamplingSettings
+    ) -> tuple[list[tuple[list[Group], float]], list[int]]:
+        """(answers, indices of workers that died or hung)."""
+        deadline = time.monotonic() + self.timeout_s
+        pending = [
+            (i, self.workers[i].generate.remote(list(share), settings))
+            for i, share in enumerate(shares)
+            if share
+        ]
+        results, lost = [], []
+        for index, reference in pending:
+            try:
+                left_s = max(0.1, deadline - time.monotonic())
+                results.append(ray.get(reference, timeout=left_s))
+            except RayActorError as error:
+                log.warning("rollout worker %d died: %s", index, str(error).splitlines()[0])
+                lost.append(index)
+            except GetTimeoutError:
+                log.warning("rollout worker %d silent for %.0f s", index, self.timeout_s)
+                lost.append(index)
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from error
+        return results, lost
+
+    def _replace(self, indices: Sequence[int]) -> None:
+        self.restarts += len(indices)
+        if self.restarts > self.max_restarts:
+            raise RuntimeError(
+                f"{self.restarts} rollout workers lost, rollout.max_restarts={self.max_restarts}; "
+                "look at the worker's log for memory or timeouts (rollout.timeout_s)"
+            )
+        for index in indices:
+            ray.kill(self.workers[index])
+            self.workers[index] = self._new_worker(index)
+        self._await_ready([self.workers[i] for i in indices])
+        if self.on_replaced is not None:
+            self.on_replaced()
+
+    def call_all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        """Calls a method on every worker at once."""
+        references = [getattr(w, method).remote(*arguments) for w in self.workers]
+        return ray.get(references, timeout=timeout_s or self.timeout_s)
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []

@@ -1,0 +1,194 @@
+"""The `Engine` on vLLM: one engine in this process, its weights replaced between batches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_safetensors
+
+from posttrain.data.audio import load_audio
+from posttrain.data.chat import render
+from posttrain.rollout.settings import EngineSettings
+from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
+
+PROBE_TEXT = "Identify the relevant events first, then answer."
+CPU_MAX_BATCHED_TOKENS = 8_192
+
+
+def set_vllm_environment(settings: EngineSettings) -> None:
+    """Variables that vLLM reads at import; set in the worker, never in the user's shell."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if settings.device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kv_cache_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+class VllmEngine:
+    """vLLM behind the `Engine` protocol.
+
+    Raises:
+        ValueError: checkpoint of another architecture; audio that cannot be read.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        set_vllm_environment(settings)
+        import torch
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from posttrain.model.load import check_architecture, load_processor
+
+        check_architecture(settings.checkpoint)
+        self.settings = settings
+        self.policy_version = 0
+        self._adapter: Any = None
+        self._adapter_dir = Path(tempfile.mkdtemp(prefix="posttrain-adapter-"))
+        self.processor = load_processor(settings.checkpoint)
+        if settings.device == "cpu" and settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.llm = LLM(
+            model=settings.checkpoint,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            enable_prefix_caching=True,
+            enforce_eager=settings.device == "cpu",
+            logprobs_mode="processed_logprobs",
+            limit_mm_per_prompt={"audio": 1},
+            disable_log_stats=True,
+            enable_lora=settings.max_lora_rank is not None,
+            **self._optional_arguments(),
+            weight_transfer_config=WeightTransferConfig(
+                backend="nccl" if settings.device == "cuda" else "gloo"
+            ),
+        )
+
+    def _optional_arguments(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self.settings.max_lora_rank is not None:
+            arguments |= {"max_lora_rank": self.settings.max_lora_rank, "max_loras": 2}
+        if self.settings.device == "cpu":
+            # chunked prefill breaks seeded requests on CPU: keep every prompt in one batch
+            longest = self.settings.max_model_len or CPU_MAX_BATCHED_TOKENS
+            arguments["max_num_batched_tokens"] = max(longest, CPU_MAX_BATCHED_TOKENS)
+            arguments["skip_mm_profiling"] = True
+        return arguments
+
+    def generate(
+        self, requests: Sequence[PromptRequest], settings: SamplingSettings
+    ) -> list[Group]:
+        """All groups of one batch, in the order asked."""
+        from vllm import SamplingParams
+
+        prompts = [self._prompt(request) for request in requests]
+        greedy = settings.temperature == 0
+        params = [
+            SamplingParams(
+                n=1 if greedy else settings.num_completions,
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens,
+                seed=None if greedy else request.seed,
+                logprobs=0,
+            )
+            for request in requests
+        ]
+        outputs = self.llm.generate(
+            prompts, params, use_tqdm=False, lora_request=self._adapter
+        )
+        return [
+            Group(
+                group_id=request.group_id,
+                prompt_id=request.prompt_id,
+                prompt_token_ids=tuple(output.prompt_token_ids),
+                completions=tuple(self._completion(one) for one in output.outputs),
+            )
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def _prompt(self, request: PromptRequest) -> dict[str, Any]:
+        has_audio = request.audio_path is not None
+        prompt: dict[str, Any] = {
+            "prompt": render(self.processor, request.messages, has_audio=has_audio)
+        }
+        if has_audio:
+            limit_s = self.settings.max_audio_len_s or self.processor.max_audio_len
+            waveform = load_audio(request.audio_path, max_duration_s=limit_s)
+            prompt["multi_modal_data"] = {"audio": waveform}
+        return prompt
+
+    def _completion(self, output: Any) -> Completion:
+        ids = tuple(output.token_ids)
+        logprobs = tuple(
+            step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)
+        )
+        return Completion(ids, logprobs, output.text, output.finish_reason, self.policy_version)
+
+    def score(self, request: PromptRequest, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each of `token_ids` after the prompt, at temperature 1."""
+        return self._score(request, token_ids, self._adapter)
+
+    def _score(self, request: PromptRequest, token_ids: Sequence[int], adapter: Any) -> list[float]:
+        from vllm import SamplingParams
+
+        prompt = self._prompt(request)
+        tokenizer = self.processor.tokenizer
+        prompt_ids = tokenizer.encode(prompt.pop("prompt"), add_special_tokens=False)
+        prompt["prompt_token_ids"] = [*prompt_ids, *token_ids]
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        (output,) = self.llm.generate([prompt], [params], use_tqdm=False, lora_request=adapter)
+        last = output.prompt_logprobs[-len(token_ids) :]
+        return [step[token].logprob for step, token in zip(last, token_ids, strict=True)]
+
+    def load_adapter(self, files: Mapping[str, bytes], policy_version: int) -> None:
+        """Serves a PEFT adapter under a new name: the prefix cache is keyed on the name.
+
+        Raises:
+            RuntimeError: the adapter changes weights and vLLM's output did not change.
+        """
+        from vllm.lora.request import LoRARequest
+
+        previous = self._adapter
+        folder = self._adapter_dir / f"policy-{policy_version}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        self._adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
+        self.llm.llm_engine.add_lora(self._adapter)
+        if previous is not None and previous.lora_int_id != self._adapter.lora_int_id:
+            self.llm.llm_engine.remove_lora(previous.lora_int_id)
+            shutil.rmtree(previous.lora_path, ignore_errors=True)
+        self._prove_adapter_acts(files)
+        self.policy_version = policy_version
+
+    def _prove_adapter_acts(self, files: Mapping[str, bytes]) -> None:
+        tensors = load_safetensors(files["adapter_model.safetensors"])
+        if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
+            return
+        probe = PromptRequest("probe", "probe", ({"role": "user", "content": PROBE_TEXT},), None, 0)
+        ids = self.processor.tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
+        if self._score(probe, ids, self._adapter) == self._score(probe, ids, None):
+            raise RuntimeError(
+                "the LoRA adapter was loaded and changes nothing: its module names do not reach "
+                "vLLM's; check hf_to_vllm_mapper in posttrain/rollout/vllm_afnext.py"
+            )
+
+    def transfer_rpc(self, method: str, *arguments: Any) -> None:
+        """Forwards a call of vLLM's weight-transfer protocol to every worker of this engine."""
+        self.llm.collective_rpc(method, args=arguments)
+
+    def set_policy_version(self, policy_version: int) -> None:
+        """After new weights: every cached key, value and encoder output is stale."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        self.policy_version = policy_version

@@ -1,0 +1,282 @@
+"""What a recipe may say: one dataclass a section, defaults included. No torch.
+
+Hyper-parameters are named and mean what they do in TRL's GRPOConfig; units stand in the names.
+`validate` holds the rules that tie fields together: they raise and never rewrite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
+IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+REPORTERS = ("tensorboard", "wandb", "trackio")
+LATER_KINDS = ("sft", "distill", "on_policy_distill", "dpo", "reward", "ladder")
+
+
+@dataclass
+class ModelConfig:
+    """The checkpoint to train. `path` is a local folder or a Hub id."""
+
+    path: str = ""
+    dtype: str = "bfloat16"
+    """Of learner and engine weights: bfloat16 or float32."""
+    max_audio_len_s: float | None = None
+    """Longest clip accepted; None: the processor's own limit. Longer clips are refused."""
+    gradient_checkpointing: bool = True
+    train_encoder: bool = False
+    train_projector: bool = False
+
+
+@dataclass
+class LoraConfig:
+    """Adapter on the language model's linears, chosen by path: the encoder has q_proj too."""
+
+    enabled: bool = False
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: list(LANGUAGE_LINEARS))
+
+
+@dataclass
+class DataSource:
+    """One JSONL of rows."""
+
+    path: str = ""
+    tasks: list[str] | None = None
+    """Keep rows of these tasks only; None keeps all."""
+    max_rows: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Named sources, so that `data.train.timelines.path=x` works from the command line."""
+
+    train: dict[str, DataSource] = field(default_factory=dict)
+    held_out: dict[str, DataSource] = field(default_factory=dict)
+    reported: dict[str, DataSource] = field(default_factory=dict)
+    """Evaluated beside held_out and gating nothing, such as source clips never heard."""
+    shuffle: bool = True
+
+
+@dataclass
+class RewardConfig:
+    """One term of the weighted sum."""
+
+    weight: float = 1.0
+    gate: bool = False
+    """A value of 0 or less sets the whole sum to 0."""
+
+
+@dataclass
+class SamplingConfig:
+    """How rollouts are drawn."""
+
+    num_generations: int = 8
+    """G, completions a prompt."""
+    max_completion_length: int = 512
+    """Tokens."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass
+class AlgorithmConfig:
+    """The loss, as TRL's GRPOConfig names it."""
+
+    loss_type: str = "dapo"
+    importance_sampling_level: str = "token"
+    beta: float = 0.0
+    """Weight of the k3 KL to the reference; 0 loads no reference."""
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    """Upper clip of the raw ratio (two-sided clipping); None: off."""
+    num_iterations: int = 1
+    """Optimizer passes over one batch of rollouts."""
+    scale_rewards: str = "group"
+    mask_truncated_completions: bool = True
+    use_bias_correction_kl: bool = True
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_clip_min: float | None = None
+    vllm_importance_sampling_clip_max: float | None = 3.0
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation, schedule and safety."""
+
+    max_steps: int = 100
+    prompts_per_step: int = 32
+    """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes."""
+    per_device_group_batch_size: int = 1
+    """Groups a rank forwards at once; the rest is gradient accumulation."""
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    logprob_chunk_tokens: int = 1024
+    """Completion positions whose logits exist at one time."""
+    save_steps: int = 50
+    save_total_limit: int | None = 2
+    eval_steps: int | None = 50
+    """Held-out evaluation every so many steps, and always before and after; None: only those."""
+    max_skipped_steps: int = 5
+    """Steps in a row that a NaN loss may skip before the run stops."""
+
+
+@dataclass
+class LearnerConfig:
+    """DeepSpeed ranks."""
+
+    num_processes: int = 1
+    zero_stage: int = 2
+    device: str = "auto"
+    """auto, cuda or cpu."""
+    cpu_offload: bool = False
+    """Optimizer state in host memory."""
+    threads_per_process: int | None = None
+    """CPU threads of a rank; None: torch decides."""
+
+
+@dataclass
+class RolloutConfig:
+    """Inference workers."""
+
+    engine: str = "vllm"
+    """vllm or transformers."""
+    num_workers: int = 1
+    tensor_parallel_size: int = 1
+    device: str = "auto"
+    gpu_memory_utilization: float = 0.85
+    cpu_kv_cache_gib: int = 1
+    max_model_len: int | None = None
+    """Prompt and completion together, tokens; None: the checkpoint's limit."""
+    max_num_seqs: int = 64
+    timeout_s: float = 600.0
+    """A worker that does not answer its groups for so long counts as hung and is replaced."""
+    threads_per_worker: int | None = None
+    """CPU threads of a worker; None: all."""
+    max_restarts: int = 3
+    """Of workers, over the whole run."""
+    weight_sync: str = "auto"
+    """auto (adapter with LoRA, else full), full, or adapter."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation: greedy, same rows every time."""
+
+    num_rows: int | None = None
+    """First so many rows of each held-out source; None: all."""
+    bootstrap_samples: int = 2_000
+    before: bool = True
+
+
+@dataclass
+class Recipe:
+    """A run. `base:` names a recipe to inherit from, relative to the file."""
+
+    kind: str = "grpo"
+    run_name: str | None = None
+    """Default: the recipe's file stem."""
+    output_dir: str = "runs"
+    seed: int = 0
+    resume: str = "auto"
+    """auto: continue an unfinished run of this name; never: start a new folder."""
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
+    """Rules over several fields.
+
+    Raises:
+        ValueError: the key, its value and the fix.
+    """
+    r, s, a, t = recipe, recipe.sampling, recipe.algorithm, recipe.training
+    if r.kind in LATER_KINDS:
+        raise ValueError(f"kind={r.kind}: not in this version yet; kinds that run: grpo")
+    _one_of("kind", r.kind, ("grpo",))
+    _one_of("resume", r.resume, ("auto", "never"))
+    _one_of("model.dtype", r.model.dtype, ("bfloat16", "float32"))
+    _one_of("algorithm.loss_type", a.loss_type, LOSS_TYPES)
+    _one_of("algorithm.importance_sampling_level", a.importance_sampling_level,
+            ("token", "sequence"))  # fmt: skip
+    _one_of("algorithm.scale_rewards", a.scale_rewards, ("group", "batch", "none"))
+    _one_of("algorithm.vllm_importance_sampling_mode", a.vllm_importance_sampling_mode, IS_MODES)
+    _one_of("rollout.engine", r.rollout.engine, ("vllm", "transformers"))
+    _one_of("rollout.weight_sync", r.rollout.weight_sync, ("auto", "full", "adapter"))
+    _one_of("learner.device", r.learner.device, ("auto", "cuda", "cpu"))
+    _one_of("rollout.device", r.rollout.device, ("auto", "cuda", "cpu"))
+    _one_of("training.lr_scheduler_type", t.lr_scheduler_type, ("cosine", "linear", "constant"))
+    for reporter in r.report_to:
+        _one_of("report_to", reporter, REPORTERS)
+    _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
+    _rule(r.data.train, "data.train={}", "name at least one source with a path")
+    _rule(r.rewards, "rewards={}", "name at least one reward, such as timestamp_grounding")
+    for name in r.rewards:
+        if name not in known_rewards:
+            raise ValueError(f"rewards.{name}: unknown reward; known: {', '.join(known_rewards)}")
+    if "format" in r.rewards:
+        weight = r.rewards["format"].weight
+        _rule(weight <= 0.2, f"rewards.format.weight={weight}", "at most 0.2, or form is all")
+    _rule(s.num_generations >= 2, f"sampling.num_generations={s.num_generations}",
+          "at least 2: the advantage is relative to the group")  # fmt: skip
+    _rule(s.temperature > 0, f"sampling.temperature={s.temperature}",
+          "above 0: greedy completions of a group are all equal")  # fmt: skip
+    for key in ("top_p", "repetition_penalty"):
+        value = getattr(s, key)
+        _rule(value == 1.0, f"sampling.{key}={value}",
+              "must be 1.0: otherwise log-probabilities are not those of the sampled policy")  # fmt: skip
+    _one_of("learner.zero_stage", r.learner.zero_stage, (2, 3))
+    ranks = r.learner.num_processes
+    _rule(ranks >= 1, f"learner.num_processes={ranks}", "at least 1")
+    _rule(t.prompts_per_step % ranks == 0,
+          f"training.prompts_per_step={t.prompts_per_step} with learner.num_processes={ranks}",
+          "make it a multiple: a group never leaves its rank")  # fmt: skip
+    per_rank = t.prompts_per_step // ranks
+    _rule(per_rank % t.per_device_group_batch_size == 0,
+          f"training.per_device_group_batch_size={t.per_device_group_batch_size} with "
+          f"{per_rank} groups a rank", "make it a divisor")  # fmt: skip
+    _rule(r.rollout.num_workers >= 1, f"rollout.num_workers={r.rollout.num_workers}", "at least 1")
+    _rule(not (r.rollout.weight_sync == "adapter" and not r.lora.enabled),
+          "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")  # fmt: skip
+    _rule(not (r.rollout.weight_sync == "full" and r.lora.enabled),
+          "rollout.weight_sync=full with lora.enabled=true", "only the adapter changes: use auto")  # fmt: skip
+    _rule(not (r.lora.enabled and (r.model.train_encoder or r.model.train_projector)),
+          "lora.enabled=true with model.train_encoder or train_projector",
+          "the adapter alone is sent to the engines: train one or the other")  # fmt: skip
+    truncates = a.vllm_importance_sampling_mode.endswith("truncate")
+    bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max
+    _rule(not (a.vllm_importance_sampling_correction and truncates and not bounded),
+          "algorithm.vllm_importance_sampling_clip_max=null with a truncate mode", "set a bound")  # fmt: skip
+    _rule(not (a.delta is not None and a.loss_type == "cispo"),
+          f"algorithm.delta={a.delta} with loss_type=cispo", "cispo clips by epsilon_high alone")  # fmt: skip
+    _rule(t.max_steps >= 1, f"training.max_steps={t.max_steps}", "at least 1")
+
+
+def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+
+
+def _rule(holds: object, what: str, fix: str) -> None:
+    if not holds:
+        raise ValueError(f"{what}: {fix}")

@@ -1,0 +1,46 @@
+"""The DeepSpeed configuration that a recipe asks for. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.schema import Recipe
+
+
+def deepspeed_config(
+    recipe: Recipe, num_micro_batches: int, device: str, *, optimizer: bool = True
+) -> dict[str, Any]:
+    """A dict for `deepspeed.initialize`.
+
+    Args:
+        num_micro_batches: backward passes a rank makes before it steps.
+        device: "cuda" or "cpu"; torch's Adam is used on CPU, which needs no compiler.
+        optimizer: False for the frozen reference.
+    """
+    training, learner = recipe.training, recipe.learner
+    bfloat16 = recipe.model.dtype == "bfloat16"
+    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": device == "cuda"}
+    if learner.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if learner.cpu_offload and optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.per_device_group_batch_size,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bfloat16, "check_grad_overflow": bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if optimizer:
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": [training.adam_beta1, training.adam_beta2],
+                "weight_decay": training.weight_decay,
+                "torch_adam": device == "cpu",
+            },
+        }
+    return config

@@ -1,0 +1,64 @@
+"""A rank's optimizer state in safetensors: DeepSpeed's own checkpoints are pickles.
+
+ZeRO keeps one flat fp32 partition of every parameter group (stage 2) or sub-group (stage 3) on
+each rank, with Adam's moments beside it. Those, and the RNG state, are all that a rank owns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _flat_partitions(zero_optimizer: Any) -> list[torch.Tensor]:
+    if hasattr(zero_optimizer, "fp32_partitioned_groups_flat"):
+        return list(zero_optimizer.fp32_partitioned_groups_flat)
+    return list(zero_optimizer.single_partition_of_fp32_groups)
+
+
+def save_rank_state(engine: Any, path: Path) -> None:
+    """Writes this rank's partitions, moments and RNG state."""
+    state = {"rng": torch.get_rng_state()}
+    for i, flat in enumerate(_flat_partitions(engine.optimizer)):
+        state[f"{i}/weights"] = flat.detach().cpu()
+        for name, value in engine.optimizer.optimizer.state.get(flat, {}).items():
+            if name in MOMENTS:
+                state[f"{i}/{name}"] = torch.as_tensor(value).detach().cpu()
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+def load_rank_state(engine: Any, path: Path) -> None:
+    """Restores what `save_rank_state` wrote.
+
+    Raises:
+        FileNotFoundError: no state of this rank; ValueError: another ZeRO stage or rank count.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no optimizer state of this rank; resume with the learner.num_processes "
+            "that wrote the checkpoint"
+        )
+    state = load_file(path)
+    for i, flat in enumerate(_flat_partitions(engine.optimizer)):
+        saved = state.get(f"{i}/weights")
+        if saved is None or saved.shape != flat.shape:
+            raise ValueError(
+                f"{path}: partition {i} has shape {None if saved is None else tuple(saved.shape)}, "
+                f"here {tuple(flat.shape)}; resume with the same learner.zero_stage, "
+                "learner.num_processes and trainable weights"
+            )
+        flat.data.copy_(saved)
+        own = engine.optimizer.optimizer.state[flat]
+        for name in MOMENTS:
+            if (value := state.get(f"{i}/{name}")) is not None:
+                own[name] = value.to(flat.device) if name != "step" else value
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])

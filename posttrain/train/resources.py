@@ -1,0 +1,161 @@
+"""Ray, learners, rollout workers and weight sync of one run, started together, stopped together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from posttrain.model.load import check_architecture
+from posttrain.rollout.pool import RolloutPool
+from posttrain.rollout.settings import EngineSettings
+from posttrain.rollout.weight_sync import WeightSync
+from posttrain.schema import Recipe
+from posttrain.train.learner_group import LearnerGroup
+from posttrain.train.run_folder import Checkpoint
+
+LOOPBACK = "127.0.0.1"
+STARTUP_ENV = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass
+class Cluster:
+    """What the loop talks to."""
+
+    learners: LearnerGroup
+    pool: RolloutPool
+    sync: WeightSync
+    learner_device: str
+    rollout_device: str
+    sizes: dict[str, int]
+
+
+def device_of(choice: str, key: str) -> str:
+    """ "cuda" or "cpu" for a recipe's device choice.
+
+    Raises:
+        ValueError: cuda asked for and none there.
+    """
+    available = torch.cuda.is_available() or (
+        ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    if choice == "cuda" and not available:
+        raise ValueError(f"{key}=cuda: no GPU here; use cpu or auto")
+    if choice == "auto":
+        return "cuda" if available else "cpu"
+    return choice
+
+
+@contextmanager
+def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Cluster]:
+    """Starts everything a run needs and takes it down again, also after an error.
+
+    Raises:
+        ValueError: a wrong checkpoint, or more GPUs than there are.
+    """
+    check_architecture(recipe.model.path)
+    _start_ray(recipe)
+    learner_device = device_of(recipe.learner.device, "learner.device")
+    rollout_device = device_of(recipe.rollout.device, "rollout.device")
+    _check_gpus(recipe, learner_device, rollout_device)
+    learners: LearnerGroup | None = None
+    pool = RolloutPool(
+        engine_settings(recipe, rollout_device), recipe.rollout.num_workers,
+        recipe.rollout.timeout_s, recipe.rollout.max_restarts,
+        resources=_worker_resources(recipe, rollout_device),
+    )  # fmt: skip
+    try:
+        learners = LearnerGroup(recipe, learner_device)
+        sizes = learners.build(str(checkpoint.path.resolve()) if checkpoint else None)
+        pool.start()
+        sync = WeightSync(pool, learners, mode=_sync_mode(recipe))
+        cluster = Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
+        sync.policy_version = checkpoint.policy_version if checkpoint else 0
+        pool.on_replaced = sync.repeat
+        if checkpoint or recipe.lora.enabled:
+            sync(sync.policy_version)
+        yield cluster
+    finally:
+        pool.stop()
+        if learners is not None:
+            learners.stop()
+        ray.shutdown()
+
+
+def _start_ray(recipe: Recipe) -> None:
+    os.environ |= {k: v for k, v in STARTUP_ENV.items() if k not in os.environ}
+    needed = recipe.learner.num_processes + recipe.rollout.num_workers + 1
+    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
+    if "RAY_ADDRESS" not in os.environ:
+        options |= {
+            "num_cpus": max(needed, os.cpu_count() or 1),
+            "object_store_memory": 512 * 2**20,
+            "_node_ip_address": LOOPBACK,
+        }
+    ray.init(**options)
+
+
+def _check_gpus(recipe: Recipe, learner_device: str, rollout_device: str) -> None:
+    needed = 0
+    if learner_device == "cuda":
+        needed += recipe.learner.num_processes
+    if rollout_device == "cuda":
+        needed += recipe.rollout.num_workers * recipe.rollout.tensor_parallel_size
+    available = int(ray.cluster_resources().get("GPU", 0))
+    if needed > available:
+        raise ValueError(
+            f"learner.num_processes={recipe.learner.num_processes} and "
+            f"rollout.num_workers={recipe.rollout.num_workers} x "
+            f"tensor_parallel_size={recipe.rollout.tensor_parallel_size} need {needed} GPUs, "
+            f"the cluster has {available}; lower them, or join more nodes to the Ray cluster"
+        )
+
+
+def _sync_mode(recipe: Recipe) -> str:
+    if recipe.rollout.weight_sync != "auto":
+        return recipe.rollout.weight_sync
+    return "adapter" if recipe.lora.enabled else "full"
+
+
+def _worker_resources(recipe: Recipe, device: str) -> dict[str, Any]:
+    threads = recipe.rollout.threads_per_worker or os.cpu_count() or 1
+    if device == "cpu":
+        return {
+            "num_cpus": 1,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        }
+    gpus = recipe.rollout.tensor_parallel_size
+    bundles = [{"CPU": 1.0, "GPU": float(gpus)}] * recipe.rollout.num_workers
+    group = placement_group(bundles, strategy="PACK")
+    ray.get(group.ready(), timeout=300)
+    return {
+        "num_cpus": 1,
+        "num_gpus": gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
+    }
+
+
+def engine_settings(recipe: Recipe, device: str) -> EngineSettings:
+    rollout = recipe.rollout
+    return EngineSettings(
+        checkpoint=recipe.model.path, engine=rollout.engine, device=device,
+        dtype=recipe.model.dtype, seed=recipe.seed,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        cpu_kv_cache_gib=rollout.cpu_kv_cache_gib, max_model_len=rollout.max_model_len,
+        max_num_seqs=rollout.max_num_seqs, max_audio_len_s=recipe.model.max_audio_len_s,
+        max_lora_rank=recipe.lora.r if recipe.lora.enabled else None,
+        threads=rollout.threads_per_worker,
+    )  # fmt: skip

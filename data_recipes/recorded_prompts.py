@@ -95,9 +95,8 @@ def load_recordings(language: str = "en", allow_synthesis: bool = True) -> Recor
     """
     if language not in VOICES:
         raise ValueError(f"recorded_prompts: language {language!r}; known: {sorted(VOICES)}")
-    for root in (Path("/"), cache_dir()):
-        if clips := _read_package_tree(root, language):
-            return Recordings(language, "recorded", clips)
+    if clips := find_recordings(language):
+        return Recordings(language, "recorded", clips)
     if _unpack_without_root(language) and (clips := _read_package_tree(cache_dir(), language)):
         return Recordings(language, "recorded", clips)
     if allow_synthesis:
@@ -107,6 +106,14 @@ def load_recordings(language: str = "en", allow_synthesis: bool = True) -> Recor
         f"recorded prompts for {language!r}: install asterisk-core-sounds-{language}-wav and "
         f"asterisk-core-sounds-{language}, or unpack both below {cache_dir()}"
     )
+
+
+def find_recordings(language: str) -> tuple[Clip, ...]:
+    """Clips that are on this machine already: installed, or unpacked into the cache."""
+    for root in (Path("/"), cache_dir()):
+        if clips := _read_package_tree(root, language):
+            return clips
+    return ()
 
 
 def _read_package_tree(root: Path, language: str) -> tuple[Clip, ...]:
@@ -141,7 +148,11 @@ def _unpack_without_root(language: str) -> bool:
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as work:
         got = subprocess.run(
-            ["apt-get", "download", *packages], cwd=work, capture_output=True, text=True, timeout=300
+            ["apt-get", "download", *packages],
+            cwd=work,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         if got.returncode != 0:
             log.warning("apt-get download failed: %s", got.stderr.strip().splitlines()[-1:])
@@ -151,42 +162,35 @@ def _unpack_without_root(language: str) -> bool:
     return True
 
 
+# fmt: off
 SYNTHETIC_TEXTS = (
-    "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty "
-    "fifty sixty seventy eighty ninety a e f h i k l m o q r s w x y z monday tuesday wednesday "
-    "thursday friday saturday sunday january february march april may june july august september "
-    "october november december hello goodbye today tomorrow yesterday pound star number location "
-    "minutes activated cancelled"
-).split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty",
+    "ninety", "a", "e", "f", "h", "i", "k", "l", "m", "o", "q", "r", "s", "w", "x", "y", "z",
+    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "january",
+    "february", "march", "april", "may", "june", "july", "august", "september", "october",
+    "november", "december", "hello", "goodbye", "today", "tomorrow", "yesterday", "pound",
+    "star", "number", "location", "minutes", "activated", "cancelled",
+)
+# fmt: on
 
 
 def _synthesise(language: str) -> tuple[Clip, ...]:
-    """Speaks a closed English word list with espeak-ng, for machines with no recordings at all."""
+    """Speaks a closed English word list, for machines with no recordings at all."""
     if language != "en":
         raise FileNotFoundError(
             f"recorded prompts for {language!r} are missing and only English is synthesised"
         )
+    from data_recipes.speech_synthesis import speak
+
     out = cache_dir() / "synthesised" / language
     clips = []
     for text in SYNTHETIC_TEXTS:
         path = out / f"{text}.wav"
         if not path.exists():
-            _speak(text, path)
+            write_audio(path, speak(text))
         clips.append(Clip(f"synthesised/{text}", path, text, language))
     return tuple(clips)
-
-
-def _speak(text: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program = shutil.which("espeak-ng")
-    if program is None:
-        raise FileNotFoundError(
-            "espeak-ng is missing: install the package espeak-ng, or the recordings "
-            "asterisk-core-sounds-en-wav and asterisk-core-sounds-en"
-        )
-    partial = path.with_suffix(".part.wav")
-    subprocess.run([program, "-v", "en-us", "-w", str(partial), text], check=True, timeout=60)
-    partial.rename(path)
 
 
 def trim_to_energy(

@@ -116,24 +116,31 @@ def compose(rng: random.Random, sounds: Sequence[Sound], spec: TimelineSpec) -> 
     free_s = duration_s - sum(s.duration_s for s in chosen)
     cuts = sorted(rng.uniform(0, free_s) for _ in chosen)
     waveform = np.zeros(round(duration_s * SAMPLE_RATE_HZ), dtype=np.float32)
-    events, used_s = [], 0.0
+    events: list[Event] = []
+    used_s = 0.0
     for sound, cut_s in zip(chosen, cuts, strict=True):
         start = round((cut_s + used_s) * SAMPLE_RATE_HZ)
         if events and rng.random() < spec.overlap_probability:
             before = events[-1]
-            start = round(rng.uniform(before.start_s + before.end_s, 2 * before.end_s) / 2
-                          * SAMPLE_RATE_HZ)
+            start = round(
+                rng.uniform(before.start_s + before.end_s, 2 * before.end_s) / 2 * SAMPLE_RATE_HZ
+            )
         end = min(start + len(sound.waveform), len(waveform))
         gain = 10 ** (rng.uniform(*spec.gain_db) / 20)
         waveform[start:end] += gain * sound.waveform[: end - start]
         events.append(Event(start / SAMPLE_RATE_HZ, end / SAMPLE_RATE_HZ, sound.label))
         used_s += sound.duration_s
-    waveform += _noise(rng, len(waveform), rng.uniform(*spec.snr_db))
+    waveform += _noise(rng, len(waveform), _draw(rng, spec.snr_db))
     peak = float(np.abs(waveform).max())
     if peak > 0.99:
         waveform *= 0.99 / peak
     events.sort(key=lambda e: (e.start_s, e.end_s))
     return Timeline(waveform, tuple(events), duration_s)
+
+
+def _draw(rng: random.Random, limits: tuple[float, float]) -> float:
+    """Uniform between the limits; equal limits, infinite ones too, give themselves."""
+    return limits[0] if limits[0] == limits[1] else rng.uniform(*limits)
 
 
 def _noise(rng: random.Random, num_samples: int, snr_db: float) -> np.ndarray:
@@ -282,7 +289,9 @@ def write_timelines(
         if not count:
             continue
         sounds = load_sounds([c for c in clips if c.unheard == (split == "unheard")])
-        indices = tqdm(composition_indices(seed, split, count), total=count, desc=f"{split} rows")
+        indices = tqdm(
+            composition_indices(seed, split, count), total=count, desc=f"{split} rows", disable=None
+        )
         rows = [
             make_row(sounds, spec, seed=seed, split=split, index=index, out_dir=out_dir,
                      provenance=recordings.provenance)

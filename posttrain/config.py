@@ -1,6 +1,6 @@
 """Recipes: YAML + `base:` inheritance + `key=value` overrides -> a checked `Recipe`. No torch.
 
-    recipes/nano/grpo_long_audio.yaml --base--> recipes/grpo_long_audio.yaml --defaults--> schema
+recipes/nano/grpo_long_audio.yaml --base--> recipes/grpo_long_audio.yaml --defaults--> schema
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _refuse_unknown(tree: Any, schema: type, where: str, prefix: str = "") -> No
             _refuse_unknown(section, kind, where, f"{path}.{name}.")
 
 
-def _section_type(hint: Any) -> tuple[type | None, bool]:
+def _section_type(hint: Any) -> tuple[Any, bool]:
     """(dataclass of a section, whether the section is a mapping of names to it)."""
     if is_dataclass(hint):
         return hint, False

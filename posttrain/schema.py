@@ -204,6 +204,7 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+# fmt: off
 def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     """Rules over several fields.
 
@@ -218,7 +219,7 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     _one_of("model.dtype", r.model.dtype, ("bfloat16", "float32"))
     _one_of("algorithm.loss_type", a.loss_type, LOSS_TYPES)
     _one_of("algorithm.importance_sampling_level", a.importance_sampling_level,
-            ("token", "sequence"))  # fmt: skip
+            ("token", "sequence"))
     _one_of("algorithm.scale_rewards", a.scale_rewards, ("group", "batch", "none"))
     _one_of("algorithm.vllm_importance_sampling_mode", a.vllm_importance_sampling_mode, IS_MODES)
     _one_of("rollout.engine", r.rollout.engine, ("vllm", "transformers"))
@@ -238,38 +239,40 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
         weight = r.rewards["format"].weight
         _rule(weight <= 0.2, f"rewards.format.weight={weight}", "at most 0.2, or form is all")
     _rule(s.num_generations >= 2, f"sampling.num_generations={s.num_generations}",
-          "at least 2: the advantage is relative to the group")  # fmt: skip
+          "at least 2: the advantage is relative to the group")
     _rule(s.temperature > 0, f"sampling.temperature={s.temperature}",
-          "above 0: greedy completions of a group are all equal")  # fmt: skip
+          "above 0: greedy completions of a group are all equal")
     for key in ("top_p", "repetition_penalty"):
         value = getattr(s, key)
         _rule(value == 1.0, f"sampling.{key}={value}",
-              "must be 1.0: otherwise log-probabilities are not those of the sampled policy")  # fmt: skip
+              "must be 1.0: otherwise log-probabilities are not those of the sampled policy")
     _one_of("learner.zero_stage", r.learner.zero_stage, (2, 3))
     ranks = r.learner.num_processes
     _rule(ranks >= 1, f"learner.num_processes={ranks}", "at least 1")
     _rule(t.prompts_per_step % ranks == 0,
           f"training.prompts_per_step={t.prompts_per_step} with learner.num_processes={ranks}",
-          "make it a multiple: a group never leaves its rank")  # fmt: skip
+          "make it a multiple: a group never leaves its rank")
     per_rank = t.prompts_per_step // ranks
     _rule(per_rank % t.per_device_group_batch_size == 0,
           f"training.per_device_group_batch_size={t.per_device_group_batch_size} with "
-          f"{per_rank} groups a rank", "make it a divisor")  # fmt: skip
+          f"{per_rank} groups a rank", "make it a divisor")
     _rule(r.rollout.num_workers >= 1, f"rollout.num_workers={r.rollout.num_workers}", "at least 1")
     _rule(not (r.rollout.weight_sync == "adapter" and not r.lora.enabled),
-          "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")  # fmt: skip
+          "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")
     _rule(not (r.rollout.weight_sync == "full" and r.lora.enabled),
-          "rollout.weight_sync=full with lora.enabled=true", "only the adapter changes: use auto")  # fmt: skip
+          "rollout.weight_sync=full with lora.enabled=true", "only the adapter changes: use auto")
     _rule(not (r.lora.enabled and (r.model.train_encoder or r.model.train_projector)),
           "lora.enabled=true with model.train_encoder or train_projector",
-          "the adapter alone is sent to the engines: train one or the other")  # fmt: skip
+          "the adapter alone is sent to the engines: train one or the other")
     truncates = a.vllm_importance_sampling_mode.endswith("truncate")
     bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max
     _rule(not (a.vllm_importance_sampling_correction and truncates and not bounded),
-          "algorithm.vllm_importance_sampling_clip_max=null with a truncate mode", "set a bound")  # fmt: skip
+          "algorithm.vllm_importance_sampling_clip_max=null with a truncate mode", "set a bound")
     _rule(not (a.delta is not None and a.loss_type == "cispo"),
-          f"algorithm.delta={a.delta} with loss_type=cispo", "cispo clips by epsilon_high alone")  # fmt: skip
+          f"algorithm.delta={a.delta} with loss_type=cispo", "cispo clips by epsilon_high alone")
     _rule(t.max_steps >= 1, f"training.max_steps={t.max_steps}", "at least 1")
+
+# fmt: on
 
 
 def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -157,7 +157,8 @@ class RewardResult:
 class Reward(Protocol):
     """Scores one completion of one row. Pure: same input, same output, no state kept."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, row: Row, completion: Completion) -> RewardResult: ...
 

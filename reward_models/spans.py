@@ -43,9 +43,7 @@ def match(predicted: Sequence[SpanS], target: Sequence[SpanS]) -> list[tuple[int
     return [(i, j, float(scores[i, j])) for i, j in pairs if scores[i, j] > 0]
 
 
-def event_f1(
-    predicted: Sequence[SpanS], target: Sequence[SpanS], collar_s: float = 0.2
-) -> float:
+def event_f1(predicted: Sequence[SpanS], target: Sequence[SpanS], collar_s: float = 0.2) -> float:
     """F1 of events matched one to one: onset within the collar, offset within
     max(collar, half the event's length).
 

@@ -60,12 +60,13 @@ _JOIN = r"-->|->|-|–|—|~|to\b|until\b|through\b"
 _DASH = rf"\s{{0,3}}(?:{_JOIN})\s{{0,3}}"
 _DASH_OR_AND = rf"\s{{0,3}}(?:{_JOIN}|and\b)\s{{0,3}}"
 _UNIT = r"\s?(?:seconds?|secs?|s)\b"
+_NUMBER_UNIT = rf"({_NUMBER})(?:{_UNIT})?"
 
 _TAG = re.compile(rf"<t>\s{{0,3}}({_CLOCK}|{_NUMBER})(?:{_DASH}({_CLOCK}|{_NUMBER}))?\s{{0,3}}</t>")
 _PATTERNS = (
     (re.compile(rf"(?<![\d:.])({_CLOCK}){_DASH_OR_AND}({_CLOCK})(?![\d:])"), "clock"),
     (re.compile(rf"(?<![\d:.])({_CLOCK})(?![\d:])(?!\s?(?:am|pm|a\.m|p\.m)\b)"), "clock"),
-    (re.compile(rf"[\[(]\s{{0,3}}({_NUMBER})(?:{_UNIT})?{_DASH}({_NUMBER})(?:{_UNIT})?\s{{0,3}}[\])]"), "native"),
+    (re.compile(rf"[\[(]\s{{0,3}}{_NUMBER_UNIT}{_DASH}{_NUMBER_UNIT}\s{{0,3}}[\])]"), "native"),
     (re.compile(rf"(?<![\d:.])({_NUMBER})(?:{_UNIT})?{_DASH_OR_AND}({_NUMBER}){_UNIT}"), "unit"),
     (re.compile(rf"\b(?:at|from|around|near)\s({_NUMBER}){_UNIT}", re.IGNORECASE), "unit"),
 )  # fmt: skip

@@ -38,6 +38,23 @@ def render(
     )
 
 
+MIN_FRAMES = 3  # mel frames (10 ms) below which a window yields no token
+
+
+def drop_tokenless_tail(waveform: np.ndarray, processor: Any) -> np.ndarray:
+    """Cuts off a last window too short to yield a token (under 30 ms past a window's end).
+
+    Such a window adds nothing to the prompt, but transformers 5.19 then fails to match windows
+    with clips (`_build_audio_timestamps` indexes past its end), so neither engine gets to see it.
+    """
+    extractor = processor.feature_extractor
+    window = extractor.chunk_length * extractor.sampling_rate
+    tail = len(waveform) % window
+    if len(waveform) > window and 0 < tail <= (MIN_FRAMES - 1) * extractor.hop_length:
+        return waveform[: len(waveform) - tail]
+    return waveform
+
+
 def encode(
     processor: Any,
     messages: Sequence[Message],
@@ -55,7 +72,7 @@ def encode(
         `input_features_mask` (W, frames), W windows.
     """
     text = render(processor, messages, has_audio=waveform is not None, generate=generate)
-    audio = None if waveform is None else [waveform]
+    audio = None if waveform is None else [drop_tokenless_tail(waveform, processor)]
     batch = processor(text=[text], audio=audio, return_tensors="pt")
     keep = ("input_ids", "input_features", "input_features_mask")
     return {key: batch[key] for key in keep if key in batch}
@@ -86,4 +103,3 @@ def assistant_mask(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
             if ids[position - 1] == end_id:
                 break
     return mask
-

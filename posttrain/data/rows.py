@@ -85,7 +85,8 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"rows {path}: no such file; correct data.*.path")
-    rows, seen = [], {}
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
     for line_number, record in _records(path):
         where = f"{path}:{line_number}"
         row = parse_row(record, where=where, base_dir=path.parent)
@@ -247,7 +248,9 @@ def _task(value: Any, where: str) -> Task:
     try:
         return Task(value if value is not None else "chat")
     except ValueError:
-        raise ValueError(f"{where}: unknown task {value!r}; one of {[t.value for t in Task]}") from None
+        raise ValueError(
+            f"{where}: unknown task {value!r}; one of {[t.value for t in Task]}"
+        ) from None
 
 
 def _events(records: Iterable[Any], where: str) -> tuple[Event, ...]:

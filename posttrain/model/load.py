@@ -117,7 +117,7 @@ def _save_shards(weights: dict[str, torch.Tensor], out_dir: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], out_dir / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, out_dir / name, metadata={"format": "pt"})
@@ -125,5 +125,3 @@ def _save_shards(weights: dict[str, torch.Tensor], out_dir: Path) -> None:
     total = sum(t.numel() * t.element_size() for t in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-

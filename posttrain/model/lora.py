@@ -41,7 +41,9 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def adapter_files(model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, bytes]:
+def adapter_files(
+    model: PeftModel, tensors: dict[str, torch.Tensor] | None = None
+) -> dict[str, bytes]:
     """The adapter as PEFT writes it: file name -> content.
 
     Args:

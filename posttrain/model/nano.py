@@ -37,7 +37,8 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}"
-    "{%- for part in message['content'] if part['type'] == 'audio' -%}<sound>{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'audio' -%}"
+    "<sound>{%- endfor -%}"
     "{%- for part in message['content'] if part['type'] == 'text' -%}"
     "{{- part['text'] -}}{%- endfor -%}"
     "{%- endif -%}"
@@ -45,20 +46,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-
-
-def _clip_names() -> tuple[str, ...]:
-    digits = [f"digits/{n}" for n in (*range(13), 20, 30, 40, 50, 60, 70, 80, 90)]
-    letters = [f"letters/{c}" for c in "aefhiklmoqrswxyz"]
-    calendar = [f"digits/day-{n}" for n in range(7)] + [f"digits/mon-{n}" for n in range(12)]
-    prompts = (
-        "hello goodbye activated cancelled location lowercase digits/today digits/tomorrow "
-        "digits/yesterday digits/pound digits/star digits/thousand beep beeperr ascending-2tone"
-    )
-    return (*digits, *letters, *calendar, *prompts.split())
-
-
-CLIP_NAMES = _clip_names()
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,8 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen2's own pre-tokenizer, trained on `corpus`."""
     shell: Tokenizer = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[], show_progress=False, min_frequency=2,
     )  # fmt: skip
     shell.train_from_iterator(corpus, trainer)

@@ -72,7 +72,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    group: GlooGroup | None = None
+    group: Any = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
@@ -118,7 +118,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     """The learner side: rank 0 broadcasts, other ranks only help to gather."""
 
     init_info_cls = GlooTrainerInitInfo
-    group: GlooGroup | None = None
+    group: Any = None
 
     @classmethod
     def trainer_init(

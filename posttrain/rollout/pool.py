@@ -106,9 +106,7 @@ class RolloutPool:
             waiting_share=1.0 - busy_s / max(wall_s * len(self.workers), 1e-9),
             reissued_groups=sum(n > 1 for n in attempts.values()),
         )
-        return [
-            replace(answered[r.group_id], attempts=attempts[r.group_id]) for r in requests
-        ]
+        return [replace(answered[r.group_id], attempts=attempts[r.group_id]) for r in requests]
 
     def _one_round(
         self, shares: Sequence[Sequence[PromptRequest]], settings: SamplingSettings

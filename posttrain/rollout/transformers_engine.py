@@ -36,7 +36,7 @@ class TransformersEngine:
     ) -> list[Group]:
         return [self._generate_group(request, settings) for request in requests]
 
-    def _inputs(self, request: PromptRequest) -> dict[str, torch.Tensor]:
+    def inputs(self, request: PromptRequest) -> dict[str, torch.Tensor]:
         waveform = None
         if request.audio_path is not None:
             limit_s = self.settings.max_audio_len_s or self.processor.max_audio_len
@@ -46,7 +46,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _generate_group(self, request: PromptRequest, settings: SamplingSettings) -> Group:
-        inputs = self._inputs(request)
+        inputs = self.inputs(request)
         greedy = settings.temperature == 0
         count = 1 if greedy else settings.num_completions
         generators = [torch.Generator().manual_seed(request.seed + i) for i in range(count)]
@@ -91,7 +91,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def score(self, request: PromptRequest, token_ids: Sequence[int]) -> list[float]:
-        inputs = self._inputs(request)
+        inputs = self.inputs(request)
         tokens = torch.tensor([list(token_ids)], device=self.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
         logits = self.model(**inputs, logits_to_keep=len(token_ids) + 1).logits[0, :-1]

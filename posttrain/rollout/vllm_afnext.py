@@ -156,7 +156,7 @@ class AFNextForConditionalGeneration(AudioFlamingo3ForConditionalGeneration):
         return windows.unsqueeze(1) * num_frames * step_s + frames
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads canonical or training names; `avg_embed_norm` is ignored, other strangers refused."""
+        """Loads canonical or training names; skips `avg_embed_norm`, refuses other strangers."""
         return super().load_weights(self._known_weights(weights))
 
     def _known_weights(

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load as load_safetensors
 
 from posttrain.data.audio import load_audio
-from posttrain.data.chat import render
+from posttrain.data.chat import drop_tokenless_tail, render
 from posttrain.rollout.settings import EngineSettings
 from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
 
@@ -102,9 +102,7 @@ class VllmEngine:
             )
             for request in requests
         ]
-        outputs = self.llm.generate(
-            prompts, params, use_tqdm=False, lora_request=self._adapter
-        )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
         return [
             Group(
                 group_id=request.group_id,
@@ -116,14 +114,15 @@ class VllmEngine:
         ]
 
     def _prompt(self, request: PromptRequest) -> dict[str, Any]:
-        has_audio = request.audio_path is not None
+        path = request.audio_path
+        has_audio = path is not None
         prompt: dict[str, Any] = {
             "prompt": render(self.processor, request.messages, has_audio=has_audio)
         }
-        if has_audio:
+        if path is not None:
             limit_s = self.settings.max_audio_len_s or self.processor.max_audio_len
-            waveform = load_audio(request.audio_path, max_duration_s=limit_s)
-            prompt["multi_modal_data"] = {"audio": waveform}
+            waveform = load_audio(path, max_duration_s=limit_s)
+            prompt["multi_modal_data"] = {"audio": drop_tokenless_tail(waveform, self.processor)}
         return prompt
 
     def _completion(self, output: Any) -> Completion:

@@ -61,7 +61,7 @@ class PromptBatches:
 
     @property
     def provenance(self) -> str:
-        """"recorded", or "synthesised" as soon as one row's source says so."""
+        """ "recorded", or "synthesised" as soon as one row's source says so."""
         synthetic = any("synthesised" in row.source for row in self.rows)
         return "synthesised" if synthetic else "recorded"
 

@@ -194,9 +194,7 @@ def sampling_seed(run_seed: int, step: int, prompt_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def score(
-    reward: Any, rows: Sequence[Row], groups: Sequence[Group]
-) -> list[list[RewardResult]]:
+def score(reward: Any, rows: Sequence[Row], groups: Sequence[Group]) -> list[list[RewardResult]]:
     """One result a completion.
 
     Raises:

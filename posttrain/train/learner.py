@@ -218,7 +218,8 @@ class LearnerRank:
     def _reference_forward(self, batch: dict[str, Any]) -> list[tuple[Any, Any]]:
         if self.reference is not None:
             return self._forward(self.reference, batch)
-        with self.policy.model.disable_adapter():
+        adapter_model: Any = self.policy.model
+        with adapter_model.disable_adapter():
             return self._forward(self.engine, batch)
 
     def accumulate(self, batches: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -15,9 +15,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_recipes import timelines
+from data_recipes.nano_clips import CLIP_NAMES
 from data_recipes.recorded_prompts import Recordings, load_recordings
 from data_recipes.timelines import Sound, TimelineSpec, load_sounds
 from posttrain.data.audio import SAMPLE_RATE_HZ
-from posttrain.data.chat import assistant_mask, render
+from posttrain.data.chat import assistant_mask, drop_tokenless_tail, render
 from posttrain.data.rows import Event
 from posttrain.model import nano
-from posttrain.model.load import save_checkpoint
+from posttrain.model.load import load_model, save_checkpoint
 
 TASKS = {"grounding": 0.6, "count": 0.1, "order": 0.1, "absent": 0.1, "dense": 0.1}
 UNPREDICTABLE_WEIGHT = 0.05
 MAX_POSITION_SHIFT = 1_000
-SNAPSHOT_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class PretrainSettings:
 
     text_steps: int = 900
     easy_steps: int = 1_300
-    hard_steps: int = 350
+    hard_steps: int = 300
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     frame_weight: float = 1.0
@@ -75,25 +74,44 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     recordings = load_recordings("en")
-    clips = [c for c in recordings.clips if c.name in nano.CLIP_NAMES] or list(recordings.clips)
+    clips = [c for c in recordings.clips if c.name in CLIP_NAMES] or list(recordings.clips)
     heard = load_sounds([c for c in clips if not c.unheard])
     all_labels = [s.label for s in load_sounds(clips)]
     tokenizer = nano.build_tokenizer(_corpus(heard, all_labels), nano.NanoSize().vocab_size)
     processor = nano.build_processor(tokenizer)
-    model = nano.build_model(nano.build_config(tokenizer))
+    done = _Stages(out_dir)
+    model = load_model(out_dir) if done else nano.build_model(nano.build_config(tokenizer))
     journal = _Journal(log_path)
-    lessons = Lessons(processor, heard, settings, None)
-    _train(model, None, lessons, settings.text_steps, settings, journal, "text")
-    frame_head = nn.Linear(model.config.audio_config.hidden_size, len(heard) + 1)
-    save = partial(save_checkpoint, model, processor, out_dir)
     for stage, spec, steps in (
+        ("text", None, settings.text_steps),
         ("audio_easy", EASY, settings.easy_steps),
         ("audio_hard", HARD, settings.hard_steps),
     ):
+        if stage in done.names:
+            continue
+        width = model.config.audio_config.hidden_size
+        frame_head = nn.Linear(width, len(heard) + 1) if spec else None
         lessons = Lessons(processor, heard, settings, spec)
-        _train(model, frame_head, lessons, steps, settings, journal, stage, save)
-        save()
+        _train(model, frame_head, lessons, steps, settings, journal, stage)
+        save_checkpoint(model, processor, out_dir)
+        done.add(stage)
     _write_facts(out_dir, settings, recordings, heard, time.monotonic() - started)
+    done.path.unlink()
+
+
+class _Stages:
+    """Which stages a folder holds already, so that an interrupted build goes on after them."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.path = out_dir / "stages.json"
+        self.names: list[str] = json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def add(self, stage: str) -> None:
+        self.names.append(stage)
+        self.path.write_text(json.dumps(self.names))
 
 
 def _corpus(sounds: Sequence[Sound], labels: Sequence[str]) -> Iterator[str]:
@@ -154,7 +172,7 @@ class Lessons:
             batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
             features = {}
         else:
-            waveforms = [lesson["waveform"] for lesson in lessons]
+            waveforms = [drop_tokenless_tail(x["waveform"], self.processor) for x in lessons]
             batch = self.processor(
                 text=texts, audio=waveforms, padding_side="right", return_tensors="pt"
             )
@@ -173,8 +191,9 @@ class Lessons:
         frames = window_s * 25
         out = []
         for lesson in lessons:
-            duration_s = len(lesson["waveform"]) / SAMPLE_RATE_HZ
-            labels = torch.zeros(math.ceil(duration_s / window_s) * frames, dtype=torch.long)
+            waveform = drop_tokenless_tail(lesson["waveform"], self.processor)
+            num_windows = math.ceil(len(waveform) / SAMPLE_RATE_HZ / window_s)
+            labels = torch.zeros(num_windows * frames, dtype=torch.long)
             for event in lesson["events"]:
                 labels[round(event.start_s * 25) : round(event.end_s * 25)] = index[event.label]
             out.append(labels.view(-1, frames))
@@ -195,7 +214,9 @@ def _imagined_events(rng: random.Random, labels: Sequence[str]) -> tuple[Event, 
 def _discount_unpredictable(ids_BT: Tensor, weights_BT: Tensor, tokenizer: Any) -> None:
     """Without audio the first turn's list is a random draw: its tokens keep a small weight."""
     assistant = weights_BT > 0
-    first_turn = (assistant.long().diff(dim=1, prepend=torch.zeros_like(ids_BT[:, :1])) == 1).cumsum(1)
+    first_turn = (
+        assistant.long().diff(dim=1, prepend=torch.zeros_like(ids_BT[:, :1])) == 1
+    ).cumsum(1)
     listing = assistant & (first_turn == 1)
     weights_BT[listing] = UNPREDICTABLE_WEIGHT
 
@@ -213,7 +234,6 @@ class _Journal:
 def _train(
     model: nn.Module, frame_head: nn.Module | None, lessons: Lessons, steps: int,
     settings: PretrainSettings, journal: _Journal, stage: str,
-    snapshot: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     parameters = [*model.parameters(), *(frame_head.parameters() if frame_head else ())]
     optimizer = torch.optim.AdamW(
@@ -233,8 +253,6 @@ def _train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            if (step + 1) % SNAPSHOT_STEPS == 0 and snapshot is not None:
-                snapshot()
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items()})
                 journal.write({"stage": stage, "step": step, **metrics})

@@ -66,7 +66,7 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
         ValueError: a wrong checkpoint, or more GPUs than there are.
     """
     check_architecture(recipe.model.path)
-    _start_ray(recipe)
+    start_ray(recipe)
     learner_device = device_of(recipe.learner.device, "learner.device")
     rollout_device = device_of(recipe.rollout.device, "rollout.device")
     _check_gpus(recipe, learner_device, rollout_device)
@@ -94,7 +94,7 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
         ray.shutdown()
 
 
-def _start_ray(recipe: Recipe) -> None:
+def start_ray(recipe: Recipe) -> None:
     os.environ |= {k: v for k, v in STARTUP_ENV.items() if k not in os.environ}
     needed = recipe.learner.num_processes + recipe.rollout.num_workers + 1
     options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}

@@ -1,6 +1,6 @@
 """A run's folder: what happened, readable by people and by the next start.
 
-    runs/NAME/  recipe.yaml  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
+runs/NAME/  recipe.yaml  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""vLLM against transformers on the committed checkpoint, and `vllm serve` on it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.model.load import load_model, save_checkpoint
+from posttrain.train.meeting import free_port
+
+pytestmark = pytest.mark.slow
+
+
+def run_cli(*arguments: str, timeout: int = 400) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "posttrain.cli", *arguments],
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_parity_command_on_nano(nano: str) -> None:
+    done = run_cli("parity", nano, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    print(report)
+    assert report["prompt_ids_equal"] is True
+    assert report["max_abs_logprob_diff"] <= 1e-5
+    assert report["clips_s"] == [3.0, 41.0, 95.5, 600.0]
+
+
+def test_parity_fails_when_the_engines_differ(nano: str) -> None:
+    done = run_cli("parity", nano, "--json", "--clips-s", "10.015", "--tolerance", "-1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads(done.stdout.strip().splitlines()[-1])
+    assert report["prompt_ids_equal"] is True, "a window without tokens must not disturb the prompt"
+
+
+def test_saved_weights_are_canonical_and_strangers_are_refused(nano: str, tmp_path: Path) -> None:
+    model = load_model(nano)
+    save_checkpoint(model, None, tmp_path)
+    saved, original = (load_file(Path(p) / "model.safetensors") for p in (tmp_path, nano))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
+    extra = saved | {"avg_embed_norm": torch.ones(1)}
+    save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_model(tmp_path)
+    strange = saved | {"vision_tower.weight": torch.ones(1)}
+    save_file(strange, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected weights \['vision_tower.weight'\]"):
+        load_model(tmp_path)
+    missing = {k: v for k, v in saved.items() if "lm_head" not in k}
+    save_file(missing, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="missing weights"):
+        load_model(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="architecture 'qwen2'"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_vllm_serve_answers_about_audio(nano: str, timelines: Path) -> None:
+    port = free_port()
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # fmt: skip
+    vllm = Path(sys.executable).with_name("vllm")
+    server = subprocess.Popen(
+        [str(vllm), "serve", nano, "--host", "127.0.0.1", "--port", str(port),
+         "--max-model-len", "1024", "--max-num-batched-tokens", "8192", "--dtype", "float32",
+         "--enforce-eager", "--skip-mm-profiling", "--served-model-name", "nano"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, server)
+        clip = next((timelines / "audio").glob("*.flac")).read_bytes()
+        sound = {"data": base64.b64encode(clip).decode(), "format": "flac"}
+        question = "When is seven heard? Reason step by step with timestamps, "
+        content = [
+            {"type": "input_audio", "input_audio": sound},
+            {"type": "text", "text": question + "then give the final answer."},
+        ]
+        answer = post(
+            f"{url}/v1/chat/completions",
+            {"model": "nano", "max_tokens": 96, "temperature": 0,
+             "messages": [{"role": "user", "content": content}]},
+        )  # fmt: skip
+        text = answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["prompt_tokens"] > 200, "the clip's tokens are in the prompt"
+        assert "<t>" in text or "not heard" in text, text
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        assert server.poll() is None, server.stdout.read()
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(1)
+    raise AssertionError(f"not healthy after {limit_s} s")
+
+
+def post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)

@@ -1,0 +1,103 @@
+"""One process, two with ZeRO-2, two with ZeRO-3: same gradients, same update."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from posttrain.config import load_recipe
+from posttrain.data.audio import load_audio
+from posttrain.data.chat import encode
+from posttrain.data.rows import read_rows
+from posttrain.model.load import load_processor
+from posttrain.train.learner import LearnerRank, ScoredGroup
+from posttrain.train.learner_group import LearnerGroup
+from posttrain.train.resources import start_ray
+from posttrain.types import Completion, Group
+
+pytestmark = pytest.mark.slow
+
+
+class ProbeRank(LearnerRank):
+    """A learner that also shows its gradients and weights."""
+
+    def gradients_and_update(self, scored: list[ScoredGroup]) -> tuple[dict, dict, dict]:
+        from deepspeed.utils import safe_get_full_grad
+
+        before = dict(self.trainable_weights() or {})
+        batches = self._prepare(scored)
+        self._fixed_logprobs(batches)
+        self._set_learning_rate(0)
+        self.accumulate(batches)
+        names = [n for n, p in self.policy.named_parameters() if p.requires_grad]
+        parameters = dict(self.policy.named_parameters())
+        gradients = {n: safe_get_full_grad(parameters[n]).cpu().clone() for n in names}
+        self._step()
+        return gradients, before, dict(self.trainable_weights() or {})
+
+
+def replayed_groups(nano: str, timelines: Path, count: int) -> list[ScoredGroup]:
+    """Groups with random completions, log-probabilities and advantages: the same every time."""
+    processor = load_processor(nano)
+    rng = random.Random(0)
+    groups = []
+    for row in read_rows(timelines / "train.jsonl")[:count]:
+        prompt = encode(processor, row.prompt, load_audio(row.audio))["input_ids"][0]
+        completions = tuple(
+            Completion(
+                tuple(rng.randrange(300) for _ in range(length)),
+                tuple(-6 - rng.random() for _ in range(length)), "", "stop", 0,
+            )
+            for length in (5, 9, 3, 12)
+        )  # fmt: skip
+        group = Group(row.id, row.id, tuple(prompt.tolist()), completions)
+        advantages = tuple(rng.uniform(-1, 1) for _ in completions)
+        groups.append(ScoredGroup(row, group, advantages, (True, True, False, True)))
+    return groups
+
+
+def run_once(recipe_file: Path, groups: list[ScoredGroup], *overrides: str) -> tuple:
+    recipe = load_recipe(
+        recipe_file,
+        ["algorithm.vllm_importance_sampling_mode=token_truncate", "algorithm.beta=0.01",
+         "training.max_grad_norm=1000000", *overrides],
+    )  # fmt: skip
+    start_ray(recipe)
+    try:
+        learners = LearnerGroup(recipe, "cpu", ProbeRank)
+        learners.build()
+        share = len(groups) // learners.num_ranks
+        calls = [
+            rank.gradients_and_update.remote(groups[i * share : (i + 1) * share])
+            for i, rank in enumerate(learners.ranks)
+        ]
+        return ray.get(calls)[0]
+    finally:
+        ray.shutdown()
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm of `b`."""
+    difference = sum(float((a[n].double() - b[n].double()).square().sum()) for n in b)
+    return (difference / sum(float(b[n].double().square().sum()) for n in b)) ** 0.5
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_equal_one(recipe_file: Path, nano: str, timelines: Path, stage: int) -> None:
+    groups = replayed_groups(nano, timelines, 4)
+    one_grad, before, one_after = run_once(recipe_file, groups)
+    two_grad, _, two_after = run_once(
+        recipe_file, groups, "learner.num_processes=2", f"learner.zero_stage={stage}"
+    )
+    gradient_difference = relative(two_grad, one_grad)
+    update = {n: one_after[n] - before[n] for n in before}
+    other = {n: two_after[n] - before[n] for n in before}
+    update_difference = relative(other, update)
+    print(f"zero-{stage}: gradients {gradient_difference:.2e}, update {update_difference:.2e}")
+    assert len(one_grad) > 40
+    assert gradient_difference <= 1e-5
+    assert update_difference <= 0.01

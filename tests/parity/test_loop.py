@@ -1,0 +1,163 @@
+"""The whole loop on the real engines: sync, resume, faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.config import load_recipe
+from posttrain.train import grpo
+from posttrain.train.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def run(recipe_file: Path, *overrides: str) -> RunFolder:
+    recipe = load_recipe(recipe_file, list(overrides))
+    folder = grpo.train(recipe)
+    finished = object.__new__(RunFolder)
+    finished.path = folder
+    return finished
+
+
+@pytest.mark.parametrize("lora", ["false", "true"])
+def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str) -> None:
+    """Step 4 samples from weights that were synced three times; the learner scores those tokens."""
+    folder = run(
+        recipe_file, f"lora.enabled={lora}", "training.max_steps=4", "lora.r=4",
+        "training.learning_rate=1e-3",
+    )  # fmt: skip
+    metrics = folder.read_jsonl("metrics.jsonl")
+    last = metrics[-1]
+    print(
+        f"lora={lora}: max diff {last['engine/logprob_diff_max']:.2e}, "
+        f"sync {last['sync/seconds']:.3f} s, {last['sync/bytes']:.0f} bytes"
+    )
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert last["train/skipped"] == 0 and last["train/grad_norm"] > 0
+    assert last["engine/logprob_diff_max"] <= 1e-5
+    versions = {r["policy_version"] for r in folder.read_jsonl("rollouts.jsonl") if r["step"] == 4}
+    assert versions == {3}
+    checkpoint = folder.path / "checkpoints" / "step-000004"
+    if lora == "true":
+        assert (checkpoint / "adapter" / "adapter_config.json").exists()
+    else:
+        names = load_file(checkpoint / "model" / "model.safetensors").keys()
+        assert all(n.startswith(("audio_", "language_model.", "multi_")) for n in names)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_six_steps_equal_three_resumed_for_three(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: str
+) -> None:
+    common = ("training.max_steps=6", "training.save_steps=3", "training.learning_rate=3e-4",
+              "learner.num_processes=2")  # fmt: skip
+    whole = run(recipe_file, *common, "run_name=whole")
+    plain_step = grpo.GrpoLoop.step
+
+    def interrupted(self: grpo.GrpoLoop, step: int) -> None:
+        if step == 4:
+            raise Stop
+        plain_step(self, step)
+
+    monkeypatch.setattr(grpo.GrpoLoop, "step", interrupted)
+    with pytest.raises(Stop):
+        run(recipe_file, *common, "run_name=parts")
+    monkeypatch.setattr(grpo.GrpoLoop, "step", plain_step)
+    parts = run(recipe_file, *common, "run_name=parts")
+    assert parts.path.name == "parts"
+
+    def rollouts(folder: RunFolder) -> list[tuple]:
+        keys = ("step", "group_id", "index", "completion", "reward")
+        return [tuple(r[k] for k in keys) for r in folder.read_jsonl("rollouts.jsonl")]
+
+    assert rollouts(parts) == rollouts(whole)
+    start = load_file(Path(nano) / "model.safetensors")
+    ends = [
+        load_file(f.path / "checkpoints" / "step-000006" / "model" / "model.safetensors")
+        for f in (whole, parts)
+    ]
+    update = sum(float((ends[0][n] - start[n]).square().sum()) for n in start) ** 0.5
+    difference = sum(float((ends[0][n] - ends[1][n]).square().sum()) for n in start) ** 0.5
+    print(f"update norm {update:.3e}, difference {difference:.3e}")
+    assert update > 0 and difference <= 0.01 * update
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_is_replaced_and_every_group_trains_once(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, fault: signal.Signals
+) -> None:
+    """Worker 0 is killed (or frozen) while it generates for the second step."""
+    plain_sample = grpo.GrpoLoop.sample
+
+    def sample(self: grpo.GrpoLoop, rows: object, step: int) -> object:
+        if step == 1:
+            pid = self.cluster.pool.pids()[0]
+            self.cluster.pool.timeout_s = 30.0
+            threading.Timer(0.1, os.kill, (pid, fault)).start()
+            time.sleep(0.05)
+        groups = plain_sample(self, rows, step)
+        self.cluster.pool.timeout_s = 240.0
+        return groups
+
+    monkeypatch.setattr(grpo.GrpoLoop, "sample", sample)
+    folder = run(
+        recipe_file, "training.max_steps=3", "rollout.num_workers=2", "training.prompts_per_step=8",
+        "sampling.max_completion_length=160",
+    )  # fmt: skip
+    metrics = folder.read_jsonl("metrics.jsonl")
+    assert metrics[1]["rollout/reissued_groups"] >= 1
+    assert metrics[2]["engine/logprob_diff_max"] <= 1e-5, "the new worker serves the new policy"
+    rollouts = folder.read_jsonl("rollouts.jsonl")
+    trained = [(r["group_id"], r["index"]) for r in rollouts]
+    assert len(trained) == len(set(trained)) == 3 * 8 * 4
+    assert folder.load_json("summary.json")["worker_restarts"] == 1
+
+
+def test_a_nan_loss_leaves_the_weights_alone(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, nano: str
+) -> None:
+    """An advantage of NaN makes loss and gradients NaN; steps are skipped, then the run stops."""
+    monkeypatch.setattr(
+        grpo, "advantages_of",
+        lambda results, scale: (
+            torch.full((len(results), len(results[0])), float("nan")), {"reward/mean": 0.0},
+        ),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        run(
+            recipe_file, "training.max_steps=3", "training.max_skipped_steps=2",
+            "training.save_steps=1", "rollout.engine=transformers", "run_name=nan",
+        )  # fmt: skip
+    folder = load_recipe(recipe_file).output_dir
+    saved = load_file(Path(folder) / "nan/checkpoints/step-000001/model/model.safetensors")
+    start = load_file(Path(nano) / "model.safetensors")
+    assert all(torch.equal(saved[name], start[name]) for name in start)
+
+
+def test_every_completion_truncated_is_an_error_that_says_what_to_do(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match="raise sampling.max_completion_length"):
+        run(recipe_file, "sampling.max_completion_length=2", "rollout.engine=transformers")
+
+
+def test_more_gpus_than_there_are(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match="learner.device=cuda: no GPU here"):
+        run(recipe_file, "learner.device=cuda")
+
+
+def test_missing_audio_names_the_file(recipe_file: Path, tmp_path: Path, timelines: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    text = (timelines / "train.jsonl").read_text().replace("audio/train-", "audio/gone-")
+    rows.write_text(text.replace('"audio": "', f'"audio": "{timelines}/'))
+    with pytest.raises(FileNotFoundError, match="gone-"):
+        run(recipe_file, f"data.train.main.path={rows}", "rollout.engine=transformers")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.cli import main
+from posttrain.config import json_schema, known_keys, load_recipe, to_yaml
+
+ROOT = Path(__file__).parents[2]
+FULL = ROOT / "recipes" / "grpo_long_audio.yaml"
+NANO = ROOT / "recipes" / "nano" / "grpo_long_audio.yaml"
+
+
+def test_unknown_override_exits_2_and_names_the_right_key(capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", str(FULL), "lerning_rate=1"]) == 2
+    error = capsys.readouterr().err
+    assert "training.learning_rate" in error and "lerning_rate" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_check_does_not_import_torch() -> None:
+    code = (
+        "import sys; from posttrain.cli import main; "
+        f"assert main(['check', {str(FULL)!r}]) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "audio-flamingo-next-think-hf" in done.stdout
+
+
+def test_base_is_inherited_and_overrides_win() -> None:
+    recipe = load_recipe(NANO, ["training.learning_rate=3e-5", "rewards.format.weight=0.1"])
+    assert recipe.sampling.num_generations == load_recipe(FULL).sampling.num_generations
+    assert recipe.training.learning_rate == 3e-5
+    assert recipe.rewards["format"].weight == 0.1
+    assert recipe.run_name == "grpo_long_audio"
+
+
+def test_resolved_yaml_gives_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(NANO)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(recipe))
+    assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("sampling.num_generations=1", "at least 2"),
+        ("sampling.top_p=0.9", "must be 1.0"),
+        ("sampling.repetition_penalty=1.2", "must be 1.0"),
+        ("sampling.temperature=0", "above 0"),
+        ("training.prompts_per_step=7", "multiple"),
+        ("rewards.timestamps.weight=1", "unknown reward"),
+        ("rewards.format.weight=0.5", "at most 0.2"),
+        ("algorithm.loss_type=ppo", "must be one of"),
+        ("training.max_steps=many", "training.max_steps"),
+        ("learner=4", "is a section"),
+        ("learner.zero_stage=1", "must be one of"),
+        ("kind=sft", "not in this version"),
+        ("model.path=hf_abcdefghijklmnop", "environment variable"),
+        ("rollout.weight_sync=full", "use auto"),
+        ("noequals", "key=value"),
+    ],
+)
+def test_bad_values_are_refused(override: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        load_recipe(FULL, [override])
+
+
+def test_circular_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match="leads back"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_missing_recipe_is_named() -> None:
+    with pytest.raises(ValueError, match="nowhere.yaml"):
+        load_recipe("nowhere.yaml")
+
+
+def test_json_schema_knows_every_key() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    training = schema["properties"]["training"]
+    assert training["properties"]["learning_rate"] == {"type": "number", "default": 1e-6}
+    assert training["additionalProperties"] is False
+    assert "data.train.NAME.path" in known_keys()

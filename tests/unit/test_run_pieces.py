@@ -1,0 +1,150 @@
+"""Run folder, batches, schedule, held-out comparison, seeds: the parts around the loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import load_recipe
+from posttrain.model.checkpoint_keys import canonical_key, split_ignored
+from posttrain.quickstart import move_aside
+from posttrain.train.batches import PromptBatches
+from posttrain.train.grpo import GrpoLoop, sampling_seed, score
+from posttrain.train.held_out import RowScore, bootstrap_ci95, compare
+from posttrain.train.learner import lr_factor
+from posttrain.train.run_folder import RunFolder
+from posttrain.types import Completion, Group, RewardResult, RewardStatus
+
+
+def test_batches_cover_an_epoch_once_and_resume_by_number(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.prompts_per_step=8"])
+    data = PromptBatches.from_recipe(recipe)
+    epoch = [row.id for step in range(4) for row in data.batch(step)]
+    assert len(epoch) == len(set(epoch)) == 32
+    assert [r.id for r in data.batch(4)] != [r.id for r in data.batch(0)]
+    again = PromptBatches.from_recipe(recipe)
+    assert [r.id for r in again.batch(3)] == [r.id for r in data.batch(3)]
+    assert data.provenance in ("recorded", "synthesised")
+
+
+def test_data_mistakes_are_named(recipe_file: Path, timelines: Path) -> None:
+    leak = load_recipe(recipe_file, [f"data.held_out.x.path={timelines / 'train.jsonl'}"])
+    with pytest.raises(ValueError, match=r"data.held_out.x: row .* is in data.train too"):
+        PromptBatches.from_recipe(leak)
+    tasks = load_recipe(recipe_file, ["data.train.main.tasks=[choice]"])
+    with pytest.raises(ValueError, match="none of tasks"):
+        PromptBatches.from_recipe(tasks)
+    many = load_recipe(recipe_file, ["training.prompts_per_step=64"])
+    with pytest.raises(ValueError, match="more than the rows"):
+        PromptBatches.from_recipe(many).batch(0)
+    chat = timelines / "chat.jsonl"
+    chat.write_text('{"id": "c", "prompt": "Hello?"}\n')
+    text_only = load_recipe(recipe_file, [f"data.train.main.path={chat}"])
+    with pytest.raises(ValueError, match="needs a clip a row"):
+        PromptBatches.from_recipe(text_only)
+
+
+def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    first = RunFolder(recipe)
+    assert first.path.name == "tiny" and not first.resumed
+    for step in (1, 2, 3):
+        first.log({"x": 1.0}, step)
+    partial = first.new_checkpoint(2)
+    assert RunFolder(recipe).steps_done == 0, "a partial checkpoint does not count"
+    first.log({"x": 1.0}, 1)
+    first.finish_checkpoint(partial, 2, policy_version=2)
+    with (first.path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 3, "x"')
+    again = RunFolder(recipe)
+    assert again.resumed and again.steps_done == 2
+    assert [m["step"] for m in again.read_jsonl("metrics.jsonl")] == [1]
+    other = load_recipe(recipe_file, ["training.learning_rate=1"])
+    with pytest.raises(ValueError, match="another 'training' section"):
+        RunFolder(other)
+    again.finish({"done": True})
+    assert RunFolder(recipe).path.name == "tiny-2"
+    assert json.loads((again.path / "summary.json").read_text()) == {"done": True}
+
+
+def test_old_checkpoints_are_removed_and_runs_moved_aside(recipe_file: Path) -> None:
+    run = RunFolder(load_recipe(recipe_file))
+    for step in (1, 2, 3):
+        run.finish_checkpoint(run.new_checkpoint(step), step, step)
+    kept = sorted(p.name for p in (run.path / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]
+    assert move_aside(run.path) == run.path.with_name("tiny-old-1")
+    assert move_aside(run.path) is None
+
+
+def test_a_failing_sink_does_not_stop_the_run(recipe_file: Path) -> None:
+    class Failing:
+        def log(self, metrics: dict, step: int) -> None:
+            raise OSError("disk full")
+
+        def close(self) -> None: ...
+
+    run = RunFolder(load_recipe(recipe_file))
+    run.sinks = [Failing()]
+    run.log({"x": 1.0}, 1)
+    assert run.read_jsonl("metrics.jsonl")[0]["x"] == 1.0
+
+
+def test_learning_rate_schedule_by_hand(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.max_steps=10", "training.warmup_ratio=0.2"])
+    assert [lr_factor(recipe, s) for s in (0, 1)] == [0.5, 1.0]
+    assert lr_factor(recipe, 2) == 1.0
+    assert lr_factor(recipe, 6) == pytest.approx(0.5)
+    recipe.training.lr_scheduler_type = "linear"
+    assert lr_factor(recipe, 6) == pytest.approx(0.5)
+    recipe.training.lr_scheduler_type = "constant"
+    assert lr_factor(recipe, 9) == 1.0
+
+
+def test_held_out_comparison_is_paired() -> None:
+    def scores(values: list[float]) -> list[RowScore]:
+        return [RowScore(str(i), v, v, v, "", False) for i, v in enumerate(values)]
+
+    result = compare(scores([0.1, 0.5, 0.3]), scores([0.3, 0.7, 0.5]), 500)
+    assert result["n"] == 3 and result["metric"] == "miou"
+    assert result["paired_diff"]["mean"] == pytest.approx(0.2)
+    assert result["paired_diff"]["ci95"] == pytest.approx([0.2, 0.2])
+    with pytest.raises(ValueError, match="same rows"):
+        compare(scores([0.1]), scores([0.1, 0.2]), 10)
+    low, high = bootstrap_ci95([0.0, 1.0] * 200, 2_000)
+    # normal approximation: 0.5 +- 1.96 * 0.5 / sqrt(400)
+    assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+
+
+def test_seeds_depend_on_run_step_and_prompt() -> None:
+    seeds = {sampling_seed(r, s, p) for r in (0, 1) for s in (0, 1) for p in ("a", "b")}
+    assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)
+    assert sampling_seed(0, 0, "a") == sampling_seed(0, 0, "a")
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_reason(recipe_file: Path) -> None:
+    def failing(row: object, completion: object) -> RewardResult:
+        return RewardResult(None, {}, RewardStatus.ERRORED, "my_reward on row 'x': KeyError")
+
+    group = Group("g", "p", (1,), (Completion((1,), (0.0,), "", "stop", 0),))
+    with pytest.raises(RuntimeError, match="my_reward on row 'x'"):
+        score(failing, [object()], [group])
+
+
+def test_nan_steps_are_counted_and_end_the_run(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.max_skipped_steps=2"])
+    loop = object.__new__(GrpoLoop)
+    loop.recipe, loop.skipped_in_a_row = recipe, 0
+    for skipped in (True, False, True):
+        loop.check_skipped(skipped, 0)
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        loop.check_skipped(True, 4)
+
+
+def test_strange_weights_are_refused_and_the_known_extra_is_ignored() -> None:
+    keep, ignored = split_ignored(["audio_tower.x", "model.avg_embed_norm"])
+    assert keep == ["audio_tower.x"] and ignored == ["model.avg_embed_norm"]
+    with pytest.raises(ValueError, match="vision_tower"):
+        canonical_key("vision_tower.weight")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 from transformers import (
     AudioFlamingo3EncoderConfig,
     MusicFlamingoConfig,
@@ -25,6 +25,7 @@ from transformers import (
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>", "<|sound_bos|>", "<|sound_eos|>",
 )  # fmt: skip
+TIME_TAGS = ("<t>", "</t>")
 WINDOW_S = 10
 MAX_AUDIO_LEN_S = 1800
 
@@ -67,7 +68,7 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """A byte-level BPE with Qwen2's own pre-tokenizer, trained on `corpus`."""
     shell: Tokenizer = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(TIME_TAGS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[], show_progress=False, min_frequency=2,
     )  # fmt: skip
@@ -80,6 +81,10 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
     )  # fmt: skip
+    # one token each: a model of four layers cannot carry a label across `<`, `t`, `>` to a time
+    tokenizer.add_tokens(
+        [AddedToken(tag, lstrip=tag == "<t>", normalized=False) for tag in TIME_TAGS]
+    )
     return tokenizer
 
 

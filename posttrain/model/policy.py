@@ -82,7 +82,8 @@ class Policy(nn.Module):
             return embeds_1PH[0]
         with nullcontext() if self._audio_trains() else torch.no_grad():
             audio_NH = self.core.get_audio_features(
-                group.input_features.to(embeds_1PH.dtype), group.input_features_mask,
+                group.input_features.to(embeds_1PH),
+                group.input_features_mask.to(embeds_1PH.device),
                 input_ids=ids_1P,
             ).pooler_output  # fmt: skip
         mask = (ids_1P == self.core.config.audio_token_id).unsqueeze(-1)

@@ -57,9 +57,23 @@ class RolloutPool:
     last: PoolStatistics = field(default_factory=PoolStatistics)
 
     def start(self) -> None:
-        """Starts all workers at once and waits for their engines."""
+        """Starts all workers at once; `wait` returns when their engines stand."""
         self.workers = [self._new_worker(i) for i in range(self.num_workers)]
+
+    def wait(self) -> None:
         self._await_ready(self.workers)
+
+    def heal(self) -> None:
+        """Replaces workers that do not answer; for the moments before a weight sync."""
+        lost = []
+        for index, worker in enumerate(self.workers):
+            try:
+                ray.get(worker.ready.remote(), timeout=self.timeout_s)
+            except (RayActorError, GetTimeoutError):
+                log.warning("rollout worker %d does not answer", index)
+                lost.append(index)
+        if lost:
+            self._restart(lost)
 
     def _new_worker(self, index: int) -> Any:
         name = f"rollout-{index}.{self.restarts}"
@@ -134,6 +148,11 @@ class RolloutPool:
         return results, lost
 
     def _replace(self, indices: Sequence[int]) -> None:
+        self._restart(indices)
+        if self.on_replaced is not None:
+            self.on_replaced()
+
+    def _restart(self, indices: Sequence[int]) -> None:
         self.restarts += len(indices)
         if self.restarts > self.max_restarts:
             raise RuntimeError(
@@ -144,8 +163,6 @@ class RolloutPool:
             ray.kill(self.workers[index])
             self.workers[index] = self._new_worker(index)
         self._await_ready([self.workers[i] for i in indices])
-        if self.on_replaced is not None:
-            self.on_replaced()
 
     def call_all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Calls a method on every worker at once."""

@@ -85,6 +85,7 @@ class WeightSync:
         """One sync; all workers serve `policy_version` when it returns."""
         started = time.monotonic()
         self.policy_version = policy_version
+        self.pool.heal()
         if self.mode == "adapter":
             files = self.learners.call_first("adapter")
             self.pool.call_all("load_adapter", ray.put(files), policy_version)

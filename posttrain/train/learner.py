@@ -23,14 +23,14 @@ from posttrain.algorithm.losses import loss_denominator, policy_loss
 from posttrain.data.audio import load_audio
 from posttrain.data.chat import encode
 from posttrain.data.rows import Row
-from posttrain.model.load import canonical_state_dict, load_model, load_processor, save_checkpoint
+from posttrain.model.load import load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
 from posttrain.model.policy import GroupTensors, Policy, freeze_audio
 from posttrain.schema import Recipe
 from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.meeting import meeting_point
 from posttrain.train.optimizer_state import load_rank_state, save_rank_state
-from posttrain.train.weights import LearnerWeights, gathered
+from posttrain.train.weights import LearnerWeights, full_weights, gathered
 from posttrain.types import Group
 
 
@@ -192,7 +192,7 @@ class LearnerRank:
                 f"row {row.id!r}: engine and learner tokenise the prompt differently; "
                 "run `posttrain parity` on the checkpoint"
             )
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return batch
 
     def _forward(self, policy: Any, batch: dict[str, Any]) -> list[tuple[Any, Any]]:
         return policy(
@@ -356,10 +356,10 @@ class LearnerRank:
                 for name, content in files.items():
                     (out / "adapter" / name).write_bytes(content)
             return
-        with gathered(list(self.policy.parameters()), self.recipe.learner.zero_stage):
-            if self.rank == 0:
-                core = self.policy.core
-                save_checkpoint(core, self.processor, out / "model", canonical_state_dict(core))
+        core = self.policy.core
+        weights = full_weights(core, self.recipe.learner.zero_stage, keep=self.rank == 0)
+        if self.rank == 0:
+            save_checkpoint(core, self.processor, out / "model", weights)
 
     def meeting_point(self) -> tuple[str, int]:
         return meeting_point()

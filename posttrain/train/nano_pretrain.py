@@ -1,10 +1,11 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
-    look-up lessons (text only) -> timelines of recorded prompts (audio + frame loss) -> checkpoint
+    look-up lessons (text) -> short timelines -> long noisy ones (audio, frame loss) -> checkpoint
 
-Why two stages: trained on audio alone, the language model never learns to look an item up in its
-own list of timed events. Stage 1 teaches that on text with random positions; stage 2 then learns
-to hear. The frame loss (which label sounds at each encoder frame) exists for pretraining only.
+Why in stages: trained on audio alone, the language model never learns to look an item up in its
+own list of timed events. Stage 1 teaches that on text with random positions; the next stages
+learn to hear and keep a look-up batch in every step. The frame loss (which label sounds at each
+encoder frame) exists for pretraining only.
 
     posttrain nano build --out checkpoints/af-next-nano        # about an hour on 2 cores
 """
@@ -52,9 +53,9 @@ class PretrainSettings:
         follow_ups: further questions after the first in one conversation, at most.
     """
 
-    text_steps: int = 900
-    easy_steps: int = 1_300
-    hard_steps: int = 300
+    text_steps: int = 700
+    easy_steps: int = 900
+    hard_steps: int = 500
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     frame_weight: float = 1.0
@@ -64,7 +65,7 @@ class PretrainSettings:
 
 EASY = TimelineSpec(duration_s=(5.0, 10.0), num_events=(2, 5), tasks=TASKS)
 HARD = TimelineSpec(
-    duration_s=(8.0, 20.0), num_events=(3, 6), snr_db=(5.0, 40.0), gain_db=(-10.0, 0.0),
+    duration_s=(6.0, 15.0), num_events=(3, 6), snr_db=(5.0, 40.0), gain_db=(-10.0, 0.0),
     overlap_probability=0.1, tasks=TASKS,
 )  # fmt: skip
 
@@ -91,7 +92,9 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
             continue
         width = model.config.audio_config.hidden_size
         frame_head = nn.Linear(width, len(heard) + 1) if spec else None
-        lessons = Lessons(processor, heard, settings, spec)
+        lessons = [
+            Lessons(processor, heard, settings, s) for s in ([spec, None] if spec else [None])
+        ]
         _train(model, frame_head, lessons, steps, settings, journal, stage)
         save_checkpoint(model, processor, out_dir)
         done.add(stage)
@@ -232,7 +235,7 @@ class _Journal:
 
 
 def _train(
-    model: nn.Module, frame_head: nn.Module | None, lessons: Lessons, steps: int,
+    model: nn.Module, frame_head: nn.Module | None, lessons: Sequence[Lessons], steps: int,
     settings: PretrainSettings, journal: _Journal, stage: str,
 ) -> None:  # fmt: skip
     parameters = [*model.parameters(), *(frame_head.parameters() if frame_head else ())]
@@ -240,16 +243,19 @@ def _train(
         parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
-    batches = iter(lessons)
+    streams = [iter(lesson) for lesson in lessons]
     rng = torch.Generator().manual_seed(settings.seed)
     model.train()
     with tqdm(range(steps), desc=f"nano {stage}") as bar:
         for step in bar:
-            batch = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, metrics = _loss(model, frame_head, batch, settings, rng)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            metrics: dict[str, float] = {}
+            for stream in streams:
+                batch = next(stream)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss, part = _loss(model, frame_head, batch, settings, rng)
+                loss.backward()
+                metrics |= part
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -271,7 +277,8 @@ def _loss(
     embeds_BTH = model.get_input_embeddings()(ids_BT)
     frame_loss = ids_BT.new_zeros((), dtype=torch.float32)
     positions = torch.arange(ids_BT.shape[1])
-    if frame_head is not None:
+    has_audio = frame_head is not None and "input_features" in batch
+    if frame_head is not None and has_audio:
         audio = model.get_audio_features(
             batch["input_features"], batch["input_features_mask"], input_ids=ids_BT
         )
@@ -292,7 +299,9 @@ def _loss(
     )
     weights = weights_BT[:, 1:][chosen]
     text_loss = (token_loss * weights).sum() / weights.sum()
-    metrics = {"loss": text_loss.item(), "frame_loss": frame_loss.item()}
+    metrics = {f"{'audio' if has_audio else 'text'}_loss": text_loss.item()}
+    if has_audio:
+        metrics["frame_loss"] = frame_loss.item()
     return text_loss + settings.frame_weight * frame_loss, metrics
 
 

@@ -24,7 +24,6 @@ from posttrain.train.run_folder import Checkpoint
 LOOPBACK = "127.0.0.1"
 STARTUP_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "disabled",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
@@ -69,7 +68,7 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
     start_ray(recipe)
     learner_device = device_of(recipe.learner.device, "learner.device")
     rollout_device = device_of(recipe.rollout.device, "rollout.device")
-    _check_gpus(recipe, learner_device, rollout_device)
+    check_gpus(recipe, learner_device, rollout_device, int(ray.cluster_resources().get("GPU", 0)))
     learners: LearnerGroup | None = None
     pool = RolloutPool(
         engine_settings(recipe, rollout_device), recipe.rollout.num_workers,
@@ -77,9 +76,10 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
         resources=_worker_resources(recipe, rollout_device),
     )  # fmt: skip
     try:
+        pool.start()
         learners = LearnerGroup(recipe, learner_device)
         sizes = learners.build(str(checkpoint.path.resolve()) if checkpoint else None)
-        pool.start()
+        pool.wait()
         sync = WeightSync(pool, learners, mode=_sync_mode(recipe))
         cluster = Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
         sync.policy_version = checkpoint.policy_version if checkpoint else 0
@@ -107,13 +107,13 @@ def start_ray(recipe: Recipe) -> None:
     ray.init(**options)
 
 
-def _check_gpus(recipe: Recipe, learner_device: str, rollout_device: str) -> None:
+def check_gpus(recipe: Recipe, learner_device: str, rollout_device: str, available: int) -> None:
+    """Refuses a recipe that asks for more GPUs than `available`."""
     needed = 0
     if learner_device == "cuda":
         needed += recipe.learner.num_processes
     if rollout_device == "cuda":
         needed += recipe.rollout.num_workers * recipe.rollout.tensor_parallel_size
-    available = int(ray.cluster_resources().get("GPU", 0))
     if needed > available:
         raise ValueError(
             f"learner.num_processes={recipe.learner.num_processes} and "

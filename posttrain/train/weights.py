@@ -52,5 +52,19 @@ class LearnerWeights:
                 yield name, parameter.detach()
 
 
+def full_weights(core: nn.Module, zero_stage: int, *, keep: bool) -> dict[str, torch.Tensor]:
+    """All weights on the CPU under canonical names, gathered one by one.
+
+    Args:
+        keep: False on ranks that only help to gather; they get an empty dict.
+    """
+    weights = {}
+    for name, parameter in core.named_parameters():
+        with gathered([parameter], zero_stage):
+            if keep:
+                weights[canonical_key(name)] = parameter.detach().cpu().clone().contiguous()
+    return weights
+
+
 def _full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -148,3 +148,13 @@ def test_strange_weights_are_refused_and_the_known_extra_is_ignored() -> None:
     assert keep == ["audio_tower.x"] and ignored == ["model.avg_embed_norm"]
     with pytest.raises(ValueError, match="vision_tower"):
         canonical_key("vision_tower.weight")
+
+
+def test_more_gpus_than_there_are_names_the_keys() -> None:
+    from posttrain.train.resources import check_gpus
+
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "grpo_long_audio.yaml")
+    check_gpus(recipe, "cuda", "cuda", available=8)
+    check_gpus(recipe, "cpu", "cpu", available=0)
+    with pytest.raises(ValueError, match=r"learner.num_processes=4 .* need 8 GPUs, .* has 7"):
+        check_gpus(recipe, "cuda", "cuda", available=7)

@@ -1,0 +1,23 @@
+"""Classes that Ray workers import; tests/ is on their path (see conftest)."""
+
+from __future__ import annotations
+
+from posttrain.train.learner import LearnerRank, ScoredGroup
+
+
+class ProbeRank(LearnerRank):
+    """A learner that also shows its gradients and weights."""
+
+    def gradients_and_update(self, scored: list[ScoredGroup]) -> tuple[dict, dict, dict]:
+        from deepspeed.utils import safe_get_full_grad
+
+        before = dict(self.trainable_weights() or {})
+        batches = self._prepare(scored)
+        self._fixed_logprobs(batches)
+        self._set_learning_rate(0)
+        self.accumulate(batches)
+        names = [n for n, p in self.policy.named_parameters() if p.requires_grad]
+        parameters = dict(self.policy.named_parameters())
+        gradients = {n: safe_get_full_grad(parameters[n]).cpu().clone() for n in names}
+        self._step()
+        return gradients, before, dict(self.trainable_weights() or {})

@@ -264,6 +264,7 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     _rule(not (r.lora.enabled and (r.model.train_encoder or r.model.train_projector)),
           "lora.enabled=true with model.train_encoder or train_projector",
           "the adapter alone is sent to the engines: train one or the other")
+    _rule(1 <= r.lora.r <= 512, f"lora.r={r.lora.r}", "from 1 to 512")
     truncates = a.vllm_importance_sampling_mode.endswith("truncate")
     bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max
     _rule(not (a.vllm_importance_sampling_correction and truncates and not bounded),

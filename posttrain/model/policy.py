@@ -80,6 +80,7 @@ class Policy(nn.Module):
         embeds_1PH = self.core.get_input_embeddings()(ids_1P)
         if group.input_features is None:
             return embeds_1PH[0]
+        assert group.input_features_mask is not None, "features and their mask come together"
         with nullcontext() if self._audio_trains() else torch.no_grad():
             audio_NH = self.core.get_audio_features(
                 group.input_features.to(embeds_1PH),

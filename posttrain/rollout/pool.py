@@ -10,13 +10,17 @@ answer of a replaced worker can never be trained twice: its actor is gone.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.worker import RolloutWorker
@@ -43,6 +47,7 @@ class RolloutPool:
     Attributes:
         resources: Ray options of one worker (`num_gpus`, `num_cpus`, scheduling strategy).
         on_replaced: called after a worker was replaced; brings new workers to the policy.
+        places: process id and Ray node id of every worker.
         restarts: workers replaced so far.
     """
 
@@ -53,6 +58,7 @@ class RolloutPool:
     resources: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 0})
     on_replaced: Callable[[], None] | None = None
     workers: list[Any] = field(default_factory=list)
+    places: dict[Any, tuple[int, str]] = field(default_factory=dict)
     restarts: int = 0
     last: PoolStatistics = field(default_factory=PoolStatistics)
 
@@ -82,12 +88,13 @@ class RolloutPool:
 
     def _await_ready(self, workers: Sequence[Any]) -> None:
         try:
-            ray.get([w.ready.remote() for w in workers], timeout=START_TIMEOUT_S)
+            places = ray.get([w.ready.remote() for w in workers], timeout=START_TIMEOUT_S)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from error
+        self.places |= dict(zip(workers, places, strict=True))
 
     def pids(self) -> list[int]:
-        return ray.get([w.ready.remote() for w in self.workers], timeout=self.timeout_s)
+        return [self.places[worker][0] for worker in self.workers]
 
     def generate(
         self, requests: Sequence[PromptRequest], settings: SamplingSettings
@@ -160,9 +167,17 @@ class RolloutPool:
                 "look at the worker's log for memory or timeouts (rollout.timeout_s)"
             )
         for index in indices:
-            ray.kill(self.workers[index])
+            self._kill(self.workers[index])
             self.workers[index] = self._new_worker(index)
         self._await_ready([self.workers[i] for i in indices])
+
+    def _kill(self, worker: Any) -> None:
+        """Ends the actor and its process: one that hangs does not hear `ray.kill`."""
+        ray.kill(worker)
+        pid, node_id = self.places.pop(worker)
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
+        end = ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=strategy)
+        ray.get(end.remote(pid), timeout=self.timeout_s)
 
     def call_all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Calls a method on every worker at once."""
@@ -173,3 +188,8 @@ class RolloutPool:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
+
+
+def _end_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -18,6 +18,7 @@ from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
 
 PROBE_TEXT = "Identify the relevant events first, then answer."
 CPU_MAX_BATCHED_TOKENS = 8_192
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # sizes that vLLM allocates
 
 
 def set_vllm_environment(settings: EngineSettings) -> None:
@@ -76,7 +77,8 @@ class VllmEngine:
     def _optional_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         if self.settings.max_lora_rank is not None:
-            arguments |= {"max_lora_rank": self.settings.max_lora_rank, "max_loras": 2}
+            rank = next(r for r in LORA_RANKS if r >= self.settings.max_lora_rank)
+            arguments |= {"max_lora_rank": rank, "max_loras": 2}
         if self.settings.device == "cpu":
             # chunked prefill breaks seeded requests on CPU: keep every prompt in one batch
             longest = self.settings.max_model_len or CPU_MAX_BATCHED_TOKENS

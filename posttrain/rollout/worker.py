@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import ray
+
 from posttrain.rollout.settings import EngineSettings
 from posttrain.types import Group, PromptRequest, SamplingSettings
 
@@ -36,9 +38,9 @@ class RolloutWorker:
         self.name = name
         self.engine = build_engine(settings)
 
-    def ready(self) -> int:
-        """Blocks until the engine stands; returns the process id."""
-        return os.getpid()
+    def ready(self) -> tuple[int, str]:
+        """Blocks until the engine stands; returns process id and Ray node id."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def generate(
         self, requests: Sequence[PromptRequest], settings: SamplingSettings

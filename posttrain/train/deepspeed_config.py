@@ -14,7 +14,8 @@ def deepspeed_config(
 
     Args:
         num_micro_batches: backward passes a rank makes before it steps.
-        device: "cuda" or "cpu"; torch's Adam is used on CPU, which needs no compiler.
+        device: "cuda" or "cpu". torch's AdamW is used on both: it needs no compiler, and keeps
+            its step count where `optimizer_state` saves it.
         optimizer: False for the frozen reference.
     """
     training, learner = recipe.training, recipe.learner
@@ -40,7 +41,7 @@ def deepspeed_config(
                 "lr": training.learning_rate,
                 "betas": [training.adam_beta1, training.adam_beta2],
                 "weight_decay": training.weight_decay,
-                "torch_adam": device == "cpu",
+                "torch_adam": True,
             },
         }
     return config

@@ -34,6 +34,13 @@ def save_rank_state(engine: Any, path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
 
 
+def _like(value: torch.Tensor, current: Any, device: torch.device) -> Any:
+    """`value` as the optimizer keeps it: a plain int, or a tensor on the partition's device."""
+    if isinstance(current, int):
+        return int(value)
+    return value if value.dim() == 0 else value.to(device)
+
+
 def load_rank_state(engine: Any, path: Path) -> None:
     """Restores what `save_rank_state` wrote.
 
@@ -58,7 +65,7 @@ def load_rank_state(engine: Any, path: Path) -> None:
         own = engine.optimizer.optimizer.state[flat]
         for name in MOMENTS:
             if (value := state.get(f"{i}/{name}")) is not None:
-                own[name] = value.to(flat.device) if name != "step" else value
+                own[name] = _like(value, own.get(name), flat.device)
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])

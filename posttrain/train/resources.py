@@ -65,30 +65,35 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
         ValueError: a wrong checkpoint, or more GPUs than there are.
     """
     check_architecture(recipe.model.path)
-    start_ray(recipe)
-    learner_device = device_of(recipe.learner.device, "learner.device")
-    rollout_device = device_of(recipe.rollout.device, "rollout.device")
-    check_gpus(recipe, learner_device, rollout_device, int(ray.cluster_resources().get("GPU", 0)))
     learners: LearnerGroup | None = None
-    pool = RolloutPool(
-        engine_settings(recipe, rollout_device), recipe.rollout.num_workers,
-        recipe.rollout.timeout_s, recipe.rollout.max_restarts,
-        resources=_worker_resources(recipe, rollout_device),
-    )  # fmt: skip
+    pool: RolloutPool | None = None
+    start_ray(recipe)
     try:
+        learner_device = device_of(recipe.learner.device, "learner.device")
+        rollout_device = device_of(recipe.rollout.device, "rollout.device")
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        check_gpus(recipe, learner_device, rollout_device, num_gpus)
+        pool = RolloutPool(
+            engine_settings(recipe, rollout_device),
+            recipe.rollout.num_workers,
+            recipe.rollout.timeout_s,
+            recipe.rollout.max_restarts,
+            resources=_worker_resources(recipe, rollout_device),
+        )
         pool.start()
         learners = LearnerGroup(recipe, learner_device)
         sizes = learners.build(str(checkpoint.path.resolve()) if checkpoint else None)
         pool.wait()
         sync = WeightSync(pool, learners, mode=_sync_mode(recipe))
-        cluster = Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
         sync.policy_version = checkpoint.policy_version if checkpoint else 0
         pool.on_replaced = sync.repeat
         if checkpoint or recipe.lora.enabled:
             sync(sync.policy_version)
+        cluster = Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
         yield cluster
     finally:
-        pool.stop()
+        if pool is not None:
+            pool.stop()
         if learners is not None:
             learners.stop()
         ray.shutdown()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -59,8 +60,9 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends to metrics.jsonl, then to every reporter; a reporter's failure is a warning."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with (self.path / "metrics.jsonl").open("a") as out:
-            out.write(json.dumps({"step": step, "time_s": time.time(), **metrics}) + "\n")
+            out.write(json.dumps({"step": step, "time_s": time.time(), **finite}) + "\n")
         for sink in self.sinks:
             try:
                 sink.log(metrics, step)

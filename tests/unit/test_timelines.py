@@ -100,3 +100,21 @@ def test_unheard_is_decided_by_the_file_name_in_every_language() -> None:
 def test_trim_keeps_the_loud_part() -> None:
     waveform = np.concatenate([np.zeros(3_200), np.ones(1_600), np.zeros(800)]).astype(np.float32)
     assert len(trim_to_energy(waveform)) == 1_600
+
+
+def test_without_recordings_speech_is_synthesised_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from data_recipes import recorded_prompts
+
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(recorded_prompts, "find_recordings", lambda language: ())
+    monkeypatch.setattr(recorded_prompts, "_unpack_without_root", lambda language: False)
+    recordings = recorded_prompts.load_recordings("en")
+    assert recordings.provenance == "synthesised"
+    seven = next(c for c in recordings.clips if c.text == "seven")
+    assert 0.2 < len(load_audio(seven.path)) / 16_000 < 1.5
+    with pytest.raises(FileNotFoundError, match="asterisk-core-sounds-fr"):
+        recorded_prompts.load_recordings("fr", allow_synthesis=False)
+    with pytest.raises(ValueError, match="language 'xx'"):
+        recorded_prompts.load_recordings("xx")

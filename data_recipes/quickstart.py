@@ -1,4 +1,4 @@
-"""The data of `make quickstart`: timelines of recorded prompts, 8 to 20 s, noisy, overlapping.
+"""The data of `make quickstart`: timelines of recorded prompts, 6 to 15 s, noisy, overlapping.
 
 Written once; a finished set is left alone, an interrupted one is written again.
 """
@@ -18,7 +18,7 @@ from data_recipes.timelines import TimelineSpec, write_timelines
 COUNTS = {"train": 640, "test": 240, "unheard": 48}
 SEED = 1
 SPEC = TimelineSpec(
-    duration_s=(8.0, 20.0), num_events=(3, 6), snr_db=(5.0, 40.0), gain_db=(-10.0, 0.0),
+    duration_s=(6.0, 15.0), num_events=(3, 6), snr_db=(5.0, 40.0), gain_db=(-10.0, 0.0),
     overlap_probability=0.1, tasks={"grounding": 1.0},
 )  # fmt: skip
 

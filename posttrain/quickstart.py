@@ -22,12 +22,28 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpu_layout(count: int) -> list[str]:
+    """Overrides that fit two learners and one worker onto `count` GPUs."""
+    if count == 1:
+        return ["learner.device=cpu", "rollout.device=cuda"]
+    if count == 2:
+        return ["learner.num_processes=1", "learner.device=cuda", "rollout.device=cuda"]
+    return []
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    recipe = load_recipe(args.recipe, [f"seed={args.seed}", f"run_name={RUN_NAME}"])
+    overrides = [f"seed={args.seed}", f"run_name={RUN_NAME}", *gpu_layout(num_gpus())]
+    recipe = load_recipe(args.recipe, overrides)
     moved = move_aside(Path(recipe.output_dir) / RUN_NAME)
     if moved:
         print(f"an older run was moved to {moved}")

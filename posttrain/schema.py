@@ -172,12 +172,11 @@ class RolloutConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out evaluation: greedy, same rows every time."""
+    """Held-out evaluation: greedy, same rows every time, before and after training."""
 
     num_rows: int | None = None
     """First so many rows of each held-out source; None: all."""
     bootstrap_samples: int = 2_000
-    before: bool = True
 
 
 @dataclass
@@ -212,6 +211,7 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
         ValueError: the key, its value and the fix.
     """
     r, s, a, t = recipe, recipe.sampling, recipe.algorithm, recipe.training
+    _within_limits(recipe)
     if r.kind in LATER_KINDS:
         raise ValueError(f"kind={r.kind}: not in this version yet; kinds that run: grpo")
     _one_of("kind", r.kind, ("grpo",))
@@ -248,7 +248,6 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
               "must be 1.0: otherwise log-probabilities are not those of the sampled policy")
     _one_of("learner.zero_stage", r.learner.zero_stage, (2, 3))
     ranks = r.learner.num_processes
-    _rule(ranks >= 1, f"learner.num_processes={ranks}", "at least 1")
     _rule(t.prompts_per_step % ranks == 0,
           f"training.prompts_per_step={t.prompts_per_step} with learner.num_processes={ranks}",
           "make it a multiple: a group never leaves its rank")
@@ -269,11 +268,48 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max
     _rule(not (a.vllm_importance_sampling_correction and truncates and not bounded),
           "algorithm.vllm_importance_sampling_clip_max=null with a truncate mode", "set a bound")
+    _rule(a.loss_type != "cispo" or (a.epsilon_high or 0) >= 1,
+          f"algorithm.epsilon_high={a.epsilon_high} with loss_type=cispo",
+          "it bounds the ratio itself: 1 or more, such as 5.0")
     _rule(not (a.delta is not None and a.loss_type == "cispo"),
           f"algorithm.delta={a.delta} with loss_type=cispo", "cispo clips by epsilon_high alone")
-    _rule(t.max_steps >= 1, f"training.max_steps={t.max_steps}", "at least 1")
 
 # fmt: on
+
+
+LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("sampling.max_completion_length", 1, 1e6),
+    ("algorithm.beta", 0, 1e6),
+    ("algorithm.epsilon", 0, 1),
+    ("algorithm.num_iterations", 1, 1_000),
+    ("training.max_steps", 1, 1e9),
+    ("training.prompts_per_step", 1, 1e6),
+    ("training.per_device_group_batch_size", 1, 1e6),
+    ("training.learning_rate", 0, 1),
+    ("training.warmup_ratio", 0, 1),
+    ("training.max_grad_norm", 0, 1e9),
+    ("training.logprob_chunk_tokens", 1, 1e9),
+    ("training.save_steps", 1, 1e9),
+    ("training.eval_steps", 1, 1e9),
+    ("training.save_total_limit", 1, 1e9),
+    ("training.max_skipped_steps", 1, 1e9),
+    ("learner.num_processes", 1, 1e6),
+    ("rollout.num_workers", 1, 1e6),
+    ("rollout.tensor_parallel_size", 1, 64),
+    ("rollout.gpu_memory_utilization", 0.05, 1),
+    ("rollout.max_num_seqs", 1, 1e6),
+    ("rollout.timeout_s", 1, 1e9),
+    ("rollout.max_restarts", 0, 1e9),
+    ("evaluation.bootstrap_samples", 100, 1e9),
+)
+
+
+def _within_limits(recipe: Recipe) -> None:
+    for key, low, high in LIMITS:
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{key}={value}: must be from {low:g} to {high:g}")
 
 
 def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:

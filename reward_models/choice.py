@@ -18,8 +18,8 @@ from posttrain.data.thinking import split_thinking
 from posttrain.types import Completion, RewardResult, RewardStatus, Task
 
 _BRACKETED = re.compile(r"\(([A-Z])\)")
-_STATED = re.compile(r"\b(?:answer|option|choice)\s*(?:is|:)?\s*\(?([A-Z])\b(?!')")
-_ALONE = re.compile(r"\s*([A-Z])[.)]?\s*$")
+_STATED = re.compile(r"\b(?i:answer|option|choice)\s*(?:is|:)?\s*\(?([A-Z])\b(?!')")
+_ALONE = re.compile(r"^\s*([A-Z])[.):]?\s*$")
 
 
 def extract_choice(text: str, choices: Sequence[str]) -> str | None:

@@ -39,7 +39,7 @@ def load_audio(
         if max_duration_s is not None and info.duration > max_duration_s + 1e-6:
             raise ValueError(
                 f"audio {path}: {info.duration:.1f} s is longer than max_audio_len "
-                f"{max_duration_s:g} s; cut the clip or raise model.max_audio_len"
+                f"{max_duration_s:g} s; cut the clip or raise model.max_audio_len_s"
             )
         samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:

@@ -89,7 +89,7 @@ def read_rows(path: str | Path) -> list[Row]:
     seen: dict[str, int] = {}
     for line_number, record in _records(path):
         where = f"{path}:{line_number}"
-        row = parse_row(record, where=where, base_dir=path.parent)
+        row = parse_row(record, where=where, base_dir=path.resolve().parent)
         if row.id in seen:
             raise ValueError(f"{where}: id {row.id!r} stands on line {seen[row.id]} already")
         seen[row.id] = line_number
@@ -284,6 +284,8 @@ def _validate(row: Row, where: str) -> None:
             f"{where}: grounding row with query {row.query!r} and no such event; "
             "add the event, or use task 'absent'"
         )
+    if row.task is Task.DENSE and not row.events:
+        raise ValueError(f"{where}: dense row without `events`; label them, or use task 'absent'")
     if row.task is Task.CHOICE and not row.answer:
         raise ValueError(f"{where}: choice row without `answer`; give the letter or the text")
 

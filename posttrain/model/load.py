@@ -48,6 +48,21 @@ def load_processor(path: str | Path) -> Any:
     return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
 
+def audio_limit_s(processor: Any, asked_s: float | None) -> float:
+    """Longest clip in seconds: the recipe's limit, else the processor's.
+
+    Raises:
+        ValueError: the recipe asks for more than the processor keeps; it would cut the rest off.
+    """
+    limit_s = float(processor.max_audio_len)
+    if asked_s is not None and asked_s > limit_s:
+        raise ValueError(
+            f"model.max_audio_len_s={asked_s:g}: the checkpoint's processor cuts audio at its "
+            f"max_audio_len of {limit_s:g} s; lower the key, or correct processor_config.json"
+        )
+    return limit_s if asked_s is None else asked_s
+
+
 def load_model(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> MusicFlamingoForConditionalGeneration:

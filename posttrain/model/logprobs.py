@@ -8,12 +8,18 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs(
-    hidden_NH: Tensor, token_ids_N: Tensor, lm_head: nn.Module, *,
-    temperature: float = 1.0, chunk_tokens: int = 1024,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden_NH: Tensor,
+    token_ids_N: Tensor,
+    lm_head: nn.Module,
+    *,
+    temperature: float = 1.0,
+    num_chunks: int = 1,
+) -> tuple[Tensor, Tensor]:
     """log softmax(lm_head(hidden) / temperature) at the given tokens, and the entropy.
 
-    Logits exist for `chunk_tokens` positions at a time, in the backward pass too (recomputed).
+    Logits exist for one chunk at a time, in the backward pass too (recomputed). The number of
+    chunks is the caller's and does not depend on N: under ZeRO-3 every call of `lm_head` is a
+    collective, so all ranks must make equally many, empty chunks included.
 
     Args:
         hidden_NH: (N, H) final hidden states, each predicting the token beside it.
@@ -23,18 +29,17 @@ def token_logprobs(
         (N,) float32 log-probabilities with gradient, (N,) float32 entropies (nats) without.
     """
     logprobs, entropies = [], []
-    for start in range(0, len(token_ids_N), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        arguments = (hidden_NH[part], token_ids_N[part], lm_head, temperature)
+    parts = zip(
+        hidden_NH.tensor_split(num_chunks), token_ids_N.tensor_split(num_chunks), strict=True
+    )
+    for hidden, token_ids in parts:
+        arguments = (hidden, token_ids, lm_head, temperature)
         if torch.is_grad_enabled():
             chunk = checkpoint(_chunk_logprobs, *arguments, use_reentrant=False)
         else:
             chunk = _chunk_logprobs(*arguments)
         logprobs.append(chunk[0])
         entropies.append(chunk[1])
-    if not logprobs:
-        empty = hidden_NH.new_zeros(0, dtype=torch.float32)
-        return empty, empty
     return torch.cat(logprobs), torch.cat(entropies)
 
 

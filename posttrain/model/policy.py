@@ -50,13 +50,13 @@ class Policy(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(
-        self, groups: Sequence[GroupTensors], *, temperature: float, chunk_tokens: int
+        self, groups: Sequence[GroupTensors], *, temperature: float, num_chunks: int
     ) -> list[tuple[Tensor, Tensor]]:
         """(G, T) log-probabilities (with gradient) and entropies of every group; padding is 0."""
-        return [self._group(group, temperature, chunk_tokens) for group in groups]
+        return [self._group(group, temperature, num_chunks) for group in groups]
 
     def _group(
-        self, group: GroupTensors, temperature: float, chunk_tokens: int
+        self, group: GroupTensors, temperature: float, num_chunks: int
     ) -> tuple[Tensor, Tensor]:
         embeds_PH = self._prompt_embeddings(group)
         num_completions, num_steps = group.completion_ids_GT.shape
@@ -69,7 +69,7 @@ class Policy(nn.Module):
         mask = group.mask_GT
         logprobs_N, entropy_N = token_logprobs(
             hidden[mask], group.completion_ids_GT[mask], self.core.lm_head,
-            temperature=temperature, chunk_tokens=chunk_tokens,
+            temperature=temperature, num_chunks=num_chunks,
         )  # fmt: skip
         zeros = logprobs_N.new_zeros(num_completions, num_steps)
         return zeros.masked_scatter(mask, logprobs_N), zeros.masked_scatter(mask, entropy_N)

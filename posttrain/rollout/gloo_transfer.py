@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -28,17 +27,16 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from posttrain.rollout.rendezvous import TIMEOUT, open_store
+
 BACKEND = "gloo"
-TIMEOUT = timedelta(seconds=300)
 
 
 class GlooGroup:
     """A broadcast group of its own, beside any default process group."""
 
     def __init__(self, master_address: str, master_port: int, rank: int, world_size: int) -> None:
-        store = dist.TCPStore(
-            master_address, master_port, world_size, is_master=rank == 0, timeout=TIMEOUT
-        )
+        store = open_store(master_address, master_port, rank, world_size)
         self._store = store
         self._group = dist.ProcessGroupGloo(store, rank, world_size, TIMEOUT)
 

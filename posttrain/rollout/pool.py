@@ -10,8 +10,6 @@ answer of a replaced worker can never be trained twice: its actor is gone.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,16 +17,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.rollout.settings import EngineSettings
-from posttrain.rollout.worker import RolloutWorker
+from posttrain.rollout.worker import Place, RolloutWorker, end_process
 from posttrain.types import Group, PromptRequest, SamplingSettings
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1_800.0
+KILL_TIMEOUT_S = 60.0
+HEAL_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RolloutPool:
     Attributes:
         resources: Ray options of one worker (`num_gpus`, `num_cpus`, scheduling strategy).
         on_replaced: called after a worker was replaced; brings new workers to the policy.
-        places: process id and Ray node id of every worker.
+        places: where every worker runs.
         restarts: workers replaced so far.
     """
 
@@ -58,7 +58,7 @@ class RolloutPool:
     resources: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 0})
     on_replaced: Callable[[], None] | None = None
     workers: list[Any] = field(default_factory=list)
-    places: dict[Any, tuple[int, str]] = field(default_factory=dict)
+    places: dict[Any, Place] = field(default_factory=dict)
     restarts: int = 0
     last: PoolStatistics = field(default_factory=PoolStatistics)
 
@@ -72,9 +72,10 @@ class RolloutPool:
     def heal(self) -> None:
         """Replaces workers that do not answer; for the moments before a weight sync."""
         lost = []
-        for index, worker in enumerate(self.workers):
+        answers = [worker.ready.remote() for worker in self.workers]
+        for index, answer in enumerate(answers):
             try:
-                ray.get(worker.ready.remote(), timeout=self.timeout_s)
+                ray.get(answer, timeout=HEAL_TIMEOUT_S)
             except (RayActorError, GetTimeoutError):
                 log.warning("rollout worker %d does not answer", index)
                 lost.append(index)
@@ -94,7 +95,7 @@ class RolloutPool:
         self.places |= dict(zip(workers, places, strict=True))
 
     def pids(self) -> list[int]:
-        return [self.places[worker][0] for worker in self.workers]
+        return [self.places[worker].pid for worker in self.workers]
 
     def generate(
         self, requests: Sequence[PromptRequest], settings: SamplingSettings
@@ -112,9 +113,10 @@ class RolloutPool:
             raise ValueError("rollout pool: two requests with one group_id")
         busy_s = 0.0
         while missing := [r for r in requests if r.group_id not in answered]:
-            for request in missing:
+            turn = missing[: len(self.workers) * self._groups_per_call(settings)]
+            shares = [turn[i :: len(self.workers)] for i in range(len(self.workers))]
+            for request in turn:
                 attempts[request.group_id] += 1
-            shares = [missing[i :: len(self.workers)] for i in range(len(self.workers))]
             results, lost = self._one_round(shares, settings)
             for groups, seconds in results:
                 busy_s += seconds
@@ -128,6 +130,10 @@ class RolloutPool:
             reissued_groups=sum(n > 1 for n in attempts.values()),
         )
         return [replace(answered[r.group_id], attempts=attempts[r.group_id]) for r in requests]
+
+    def _groups_per_call(self, settings: SamplingSettings) -> int:
+        """As many as the engine decodes at once: a deadline then bounds a known amount of work."""
+        return max(1, self.settings.max_num_seqs // settings.num_completions)
 
     def _one_round(
         self, shares: Sequence[Sequence[PromptRequest]], settings: SamplingSettings
@@ -174,10 +180,13 @@ class RolloutPool:
     def _kill(self, worker: Any) -> None:
         """Ends the actor and its process: one that hangs does not hear `ray.kill`."""
         ray.kill(worker)
-        pid, node_id = self.places.pop(worker)
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=True)
-        end = ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=strategy)
-        ray.get(end.remote(pid), timeout=self.timeout_s)
+        place = self.places.pop(worker, None)
+        if place is None:
+            return
+        strategy = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        end = ray.remote(end_process).options(num_cpus=0, scheduling_strategy=strategy)
+        with suppress(RayError):  # the whole node may be gone
+            ray.get(end.remote(place), timeout=KILL_TIMEOUT_S)
 
     def call_all(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         """Calls a method on every worker at once."""
@@ -188,8 +197,3 @@ class RolloutPool:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
-
-
-def _end_process(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ class EngineSettings:
         max_audio_len_s: longest clip, seconds; None: the processor's limit.
         max_lora_rank: None when no adapter will be served.
         threads: CPU threads of the engine; None: all.
+        transfer_backend: of full weight syncs: "nccl" when learner and engine are both on GPUs.
     """
 
     checkpoint: str
@@ -30,3 +31,4 @@ class EngineSettings:
     max_audio_len_s: float | None = None
     max_lora_rank: int | None = None
     threads: int | None = None
+    transfer_backend: str = "gloo"

@@ -12,7 +12,7 @@ import torch
 from posttrain.data.audio import load_audio
 from posttrain.data.chat import encode
 from posttrain.model.checkpoint_keys import module_key
-from posttrain.model.load import load_model, load_processor
+from posttrain.model.load import audio_limit_s, load_model, load_processor
 from posttrain.rollout.settings import EngineSettings
 from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
 
@@ -39,7 +39,7 @@ class TransformersEngine:
     def inputs(self, request: PromptRequest) -> dict[str, torch.Tensor]:
         waveform = None
         if request.audio_path is not None:
-            limit_s = self.settings.max_audio_len_s or self.processor.max_audio_len
+            limit_s = audio_limit_s(self.processor, self.settings.max_audio_len_s)
             waveform = load_audio(request.audio_path, max_duration_s=limit_s)
         inputs = encode(self.processor, request.messages, waveform)
         return {key: value.to(self.device) for key, value in inputs.items()}

@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as dump_safetensors
 
 from posttrain.data.audio import load_audio
 from posttrain.data.chat import drop_tokenless_tail, render
+from posttrain.model.load import audio_limit_s, check_architecture, load_processor
 from posttrain.rollout.settings import EngineSettings
 from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
 
@@ -26,6 +29,8 @@ def set_vllm_environment(settings: EngineSettings) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if settings.tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -40,16 +45,14 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         set_vllm_environment(settings)
-        import torch
         from vllm import LLM
         from vllm.config import WeightTransferConfig
-
-        from posttrain.model.load import check_architecture, load_processor
 
         check_architecture(settings.checkpoint)
         self.settings = settings
         self.policy_version = 0
         self._adapter: Any = None
+        self._proven_names: frozenset[str] | None = None
         self._adapter_dir = Path(tempfile.mkdtemp(prefix="posttrain-adapter-"))
         self.processor = load_processor(settings.checkpoint)
         if settings.device == "cpu" and settings.threads:
@@ -69,9 +72,7 @@ class VllmEngine:
             disable_log_stats=True,
             enable_lora=settings.max_lora_rank is not None,
             **self._optional_arguments(),
-            weight_transfer_config=WeightTransferConfig(
-                backend="nccl" if settings.device == "cuda" else "gloo"
-            ),
+            weight_transfer_config=WeightTransferConfig(backend=settings.transfer_backend),
         )
 
     def _optional_arguments(self) -> dict[str, Any]:
@@ -79,6 +80,8 @@ class VllmEngine:
         if self.settings.max_lora_rank is not None:
             rank = next(r for r in LORA_RANKS if r >= self.settings.max_lora_rank)
             arguments |= {"max_lora_rank": rank, "max_loras": 2}
+        if self.settings.tensor_parallel_size > 1:
+            arguments["distributed_executor_backend"] = "mp"
         if self.settings.device == "cpu":
             # chunked prefill breaks seeded requests on CPU: keep every prompt in one batch
             longest = self.settings.max_model_len or CPU_MAX_BATCHED_TOKENS
@@ -122,7 +125,7 @@ class VllmEngine:
             "prompt": render(self.processor, request.messages, has_audio=has_audio)
         }
         if path is not None:
-            limit_s = self.settings.max_audio_len_s or self.processor.max_audio_len
+            limit_s = audio_limit_s(self.processor, self.settings.max_audio_len_s)
             waveform = load_audio(path, max_duration_s=limit_s)
             prompt["multi_modal_data"] = {"audio": drop_tokenless_tail(waveform, self.processor)}
         return prompt
@@ -154,34 +157,52 @@ class VllmEngine:
         """Serves a PEFT adapter under a new name: the prefix cache is keyed on the name.
 
         Raises:
-            RuntimeError: the adapter changes weights and vLLM's output did not change.
+            RuntimeError: vLLM would load the adapter and ignore it.
         """
-        from vllm.lora.request import LoRARequest
-
+        tensors = load_safetensors(files["adapter_model.safetensors"])
+        if frozenset(tensors) != self._proven_names:
+            self._prove_adapter_acts(files, tensors)
         previous = self._adapter
-        folder = self._adapter_dir / f"policy-{policy_version}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        self._adapter = LoRARequest(f"policy-{policy_version}", policy_version + 1, str(folder))
-        self.llm.llm_engine.add_lora(self._adapter)
+        self._adapter = self._add_adapter(files, f"policy-{policy_version}", policy_version + 2)
         if previous is not None and previous.lora_int_id != self._adapter.lora_int_id:
-            self.llm.llm_engine.remove_lora(previous.lora_int_id)
-            shutil.rmtree(previous.lora_path, ignore_errors=True)
-        self._prove_adapter_acts(files)
+            self._remove_adapter(previous)
         self.policy_version = policy_version
 
-    def _prove_adapter_acts(self, files: Mapping[str, bytes]) -> None:
-        tensors = load_safetensors(files["adapter_model.safetensors"])
-        if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
-            return
+    def _prove_adapter_acts(
+        self, files: Mapping[str, bytes], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Every adapter of a run has the same module names, so the first set of names is tried
+        with large weights: the answer must change. A real first update may drown in bfloat16."""
+        loud = {
+            name: torch.full_like(tensor, 0.1) if "lora_B" in name else tensor
+            for name, tensor in tensors.items()
+        }
+        loud_files = dict(files) | {"adapter_model.safetensors": dump_safetensors(loud)}
+        adapter = self._add_adapter(loud_files, "proof", 1)
         probe = PromptRequest("probe", "probe", ({"role": "user", "content": PROBE_TEXT},), None, 0)
         ids = self.processor.tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
-        if self._score(probe, ids, self._adapter) == self._score(probe, ids, None):
+        if self._score(probe, ids, adapter) == self._score(probe, ids, None):
             raise RuntimeError(
-                "the LoRA adapter was loaded and changes nothing: its module names do not reach "
+                "vLLM loads the LoRA adapter and ignores it: its module names do not reach "
                 "vLLM's; check hf_to_vllm_mapper in posttrain/rollout/vllm_afnext.py"
             )
+        self._remove_adapter(adapter)
+        self._proven_names = frozenset(tensors)
+
+    def _add_adapter(self, files: Mapping[str, bytes], name: str, number: int) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        folder = self._adapter_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file_name, content in files.items():
+            (folder / file_name).write_bytes(content)
+        adapter = LoRARequest(name, number, str(folder))
+        self.llm.llm_engine.add_lora(adapter)
+        return adapter
+
+    def _remove_adapter(self, adapter: Any) -> None:
+        self.llm.llm_engine.remove_lora(adapter.lora_int_id)
+        shutil.rmtree(adapter.lora_path, ignore_errors=True)
 
     def transfer_rpc(self, method: str, *arguments: Any) -> None:
         """Forwards a call of vLLM's weight-transfer protocol to every worker of this engine."""

@@ -53,15 +53,15 @@ class RayTransferClient:
 
 def trainer_transfer(
     source: Any, client: RayTransferClient, *, rank: int, address: str, port: int,
-    world_size: int, device: str,
+    world_size: int, backend: str,
 ) -> Any:  # fmt: skip
-    """The learner's end of vLLM's weight transfer: nccl on CUDA, gloo on CPU."""
+    """The learner's end of vLLM's weight transfer; `backend` is "nccl" or "gloo"."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     from posttrain.rollout.plugin import register_gloo_transfer
 
     register_gloo_transfer()
-    if device == "cuda":
+    if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo as InitInfo
     else:
         from posttrain.rollout.gloo_transfer import GlooTrainerInitInfo as InitInfo
@@ -109,5 +109,6 @@ class WeightSync:
         client = RayTransferClient(list(self.pool.workers), ranks)
         address, port = self.learners.call_one("meeting_point")
         world_size = 1 + ranks * len(self.pool.workers)
-        self.learners.call_all("connect_transfer", client, address, port, world_size)
+        backend = self.pool.settings.transfer_backend
+        self.learners.call_all("connect_transfer", client, address, port, world_size, backend)
         self._connected = list(self.pool.workers)

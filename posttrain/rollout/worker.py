@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import ray
 
 from posttrain.rollout.settings import EngineSettings
@@ -31,6 +33,23 @@ def build_engine(settings: EngineSettings) -> Any:
     raise ValueError(f"rollout.engine={settings.engine!r}; vllm or transformers")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A process on a node; `created_s` tells it from a later one with the same id."""
+
+    pid: int
+    created_s: float
+    node_id: str
+
+
+def end_process(place: Place) -> None:
+    """Kills that very process, if it still runs; call it on its node."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(place.pid)
+        if process.create_time() == place.created_s:
+            process.kill()
+
+
 class RolloutWorker:
     """One engine; made into an actor by `posttrain.rollout.pool`."""
 
@@ -38,9 +57,10 @@ class RolloutWorker:
         self.name = name
         self.engine = build_engine(settings)
 
-    def ready(self) -> tuple[int, str]:
-        """Blocks until the engine stands; returns process id and Ray node id."""
-        return os.getpid(), ray.get_runtime_context().get_node_id()
+    def ready(self) -> Place:
+        """Blocks until the engine stands; says where it runs."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return Place(os.getpid(), psutil.Process().create_time(), node_id)
 
     def generate(
         self, requests: Sequence[PromptRequest], settings: SamplingSettings

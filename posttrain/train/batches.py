@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from posttrain.data.audio import audio_duration_s
 from posttrain.data.rows import Row, read_rows
 from posttrain.schema import DataSource, Recipe
+
+DURATION_SLACK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class PromptBatches:
     prompts_per_step: int
     seed: int
     shuffle: bool
+    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PromptBatches:
@@ -35,6 +40,9 @@ class PromptBatches:
         limit = recipe.evaluation.num_rows
         sources = recipe.data.held_out | recipe.data.reported
         held_out = {name: _read(source)[:limit] for name, source in sources.items()}
+        _check_distinct(rows, recipe.training.prompts_per_step)
+        for part in (rows, *held_out.values()):
+            _check_clips(part)
         trained = {row.id for row in rows}
         for name, evaluated in held_out.items():
             if leaked := [row.id for row in evaluated if row.id in trained]:
@@ -45,18 +53,24 @@ class PromptBatches:
         )  # fmt: skip
 
     def batch(self, step: int) -> list[Row]:
-        """The rows of step `step` (from 0); epochs are reshuffled and run into each other."""
+        """The rows of step `step` (from 0), all different; epochs run into each other."""
         first = step * self.prompts_per_step
-        picked = []
-        for position in range(first, first + self.prompts_per_step):
-            epoch, index = divmod(position, len(self.rows))
-            picked.append((epoch, self.rows[self._order(epoch)[index]]))
-        return _distinct(picked)
+        positions = range(first, first + self.prompts_per_step)
+        places = (divmod(position, len(self.rows)) for position in positions)
+        return [self.rows[self._order(epoch)[index]] for epoch, index in places]
 
     def _order(self, epoch: int) -> list[int]:
+        """Row numbers of an epoch; those that its first step has seen already come last."""
+        if epoch in self._orders:
+            return self._orders[epoch]
         order = list(range(len(self.rows)))
         if self.shuffle:
             random.Random(f"posttrain/epoch/{self.seed}/{epoch}").shuffle(order)
+        overhang = epoch * len(self.rows) % self.prompts_per_step
+        if overhang:
+            seen = set(self._order(epoch - 1)[-overhang:])
+            order = [i for i in order if i not in seen] + [i for i in order if i in seen]
+        self._orders[epoch] = order
         return order
 
     @property
@@ -66,14 +80,29 @@ class PromptBatches:
         return "synthesised" if synthetic else "recorded"
 
 
-def _distinct(picked: Sequence[tuple[int, Row]]) -> list[Row]:
-    rows = [row for _, row in picked]
-    if len({row.id for row in rows}) < len(rows):
+def _check_distinct(rows: Sequence[Row], prompts_per_step: int) -> None:
+    ids = [row.id for row in rows]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"data.train: id {twice!r} stands in two sources; rename one")
+    if prompts_per_step > len(rows):
         raise ValueError(
-            f"training.prompts_per_step={len(rows)}: more than the rows of one epoch; "
-            "lower it or add rows"
+            f"training.prompts_per_step={prompts_per_step}: more than the {len(rows)} rows of "
+            "data.train; lower it or add rows"
         )
-    return rows
+
+
+def _check_clips(rows: Sequence[Row]) -> None:
+    """Every clip is there and as long as its row says, before anything heavy starts."""
+    for row in rows:
+        if not Path(str(row.audio)).is_file():
+            raise FileNotFoundError(f"row {row.id!r}: audio {row.audio}: no such file")
+        duration_s = audio_duration_s(str(row.audio))
+        if abs(duration_s - (row.duration_s or 0.0)) > DURATION_SLACK_S:
+            raise ValueError(
+                f"row {row.id!r}: audio {row.audio} lasts {duration_s:.2f} s, duration_s says "
+                f"{row.duration_s:.2f}; correct the row"
+            )
 
 
 def _read(source: DataSource) -> list[Row]:

@@ -36,14 +36,16 @@ from reward_models.registry import build_rewards
 
 def train(recipe: Recipe) -> Path:
     """Runs, or continues, a GRPO recipe; returns the run folder."""
+    if Path(recipe.model.path).exists():
+        recipe.model.path = str(Path(recipe.model.path).resolve())
     data = PromptBatches.from_recipe(recipe)
     run = RunFolder(recipe)
     with start_cluster(recipe, run.checkpoint) as cluster:
         loop = GrpoLoop(recipe, run, data, cluster)
-        loop.evaluate("before")
+        loop.evaluate("before", 0)
         for step in loop.progress.track(run.steps_done, recipe.training.max_steps):
             loop.step(step)
-        loop.evaluate("after")
+        loop.evaluate("after", recipe.training.max_steps)
         loop.finish()
     return run.path
 
@@ -121,17 +123,17 @@ class GrpoLoop:
         training = self.recipe.training
         last = done == training.max_steps
         if training.eval_steps and done % training.eval_steps == 0 and not last:
-            self.evaluate(f"step-{done:06d}")
+            self.evaluate(f"step-{done:06d}", done)
         if done % training.save_steps == 0 or last:
             self.save(done)
 
-    def evaluate(self, when: str) -> None:
+    def evaluate(self, when: str, done: int) -> None:
         """Greedy answers on the held-out rows; kept in the run folder, so resuming repeats none."""
         if not self.data.held_out or self.run.load_json(f"held_out/{when}.json"):
             return
         limit = self.recipe.sampling.max_completion_length
         generate = self.cluster.pool.generate
-        record: dict[str, Any] = {"step": self.run.steps_done}
+        record: dict[str, Any] = {"step": done}
         for name, rows in self.data.held_out.items():
             scores = held_out.greedy_scores(rows, self.reward, generate, limit)
             record[name] = held_out.to_records(scores)

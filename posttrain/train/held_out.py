@@ -15,11 +15,11 @@ from reward_models.grounding import TimestampGrounding
 
 @dataclass(frozen=True)
 class RowScore:
-    """One held-out row: IoU of merged spans, event F1, total reward (None: not scored)."""
+    """One held-out row: IoU of merged spans and event F1 (None: the task has no spans), reward."""
 
     row_id: str
-    miou: float
-    event_f1: float
+    miou: float | None
+    event_f1: float | None
     reward: float | None
     text: str
     truncated: bool
@@ -40,23 +40,26 @@ def greedy_scores(
 def _score(row: Row, group: Group, reward: Reward) -> RowScore:
     completion = group.completions[0]
     grounding = TimestampGrounding()(row, completion)
+    iou: float | None = grounding.breakdown.get("iou")
+    event_f1: float | None = grounding.breakdown.get("event_f1")
     if row.task is Task.ABSENT:
-        iou = event_f1 = float(grounding.value or 0.0)
-    else:
-        iou = float(grounding.breakdown.get("iou", 0.0))
-        event_f1 = float(grounding.breakdown.get("event_f1", 0.0))
+        iou = event_f1 = grounding.value
     value = reward(row, completion).value
     return RowScore(row.id, iou, event_f1, value, completion.text, completion.truncated)
 
 
 def means(scores: Sequence[RowScore]) -> dict[str, float]:
-    """miou, event_f1 over all rows; reward over the rows that have one."""
-    rewards = [s.reward for s in scores if s.reward is not None]
+    """miou, event_f1 and reward, each over the rows that have one (NaN: none has)."""
     return {
-        "miou": float(np.mean([s.miou for s in scores])),
-        "event_f1": float(np.mean([s.event_f1 for s in scores])),
-        "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        "miou": _mean([s.miou for s in scores]),
+        "event_f1": _mean([s.event_f1 for s in scores]),
+        "reward": _mean([s.reward for s in scores]),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def bootstrap_ci95(values: Sequence[float], num_samples: int, seed: int = 0) -> tuple[float, float]:
@@ -70,13 +73,16 @@ def bootstrap_ci95(values: Sequence[float], num_samples: int, seed: int = 0) -> 
 def compare(
     before: Sequence[RowScore], after: Sequence[RowScore], num_samples: int
 ) -> dict[str, Any]:
-    """The `held_out` record of summary.json: paired over the same rows."""
+    """The `held_out` record of summary.json: paired over the same rows, those with spans."""
     if [s.row_id for s in before] != [s.row_id for s in after]:
         raise ValueError("held-out rows before and after differ; evaluate the same rows")
-    differences = [b.miou - a.miou for a, b in zip(before, after, strict=True)]
+    pairs = zip(before, after, strict=True)
+    differences = [b.miou - a.miou for a, b in pairs if a.miou is not None and b.miou is not None]
+    if not differences:
+        return {"n": 0, "metric": "miou", "before": means(before), "after": means(after)}
     low, high = bootstrap_ci95(differences, num_samples)
     return {
-        "n": len(before),
+        "n": len(differences),
         "metric": "miou",
         "before": means(before),
         "after": means(after),

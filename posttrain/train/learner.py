@@ -23,12 +23,12 @@ from posttrain.algorithm.losses import loss_denominator, policy_loss
 from posttrain.data.audio import load_audio
 from posttrain.data.chat import encode
 from posttrain.data.rows import Row
-from posttrain.model.load import load_model, load_processor, save_checkpoint
+from posttrain.model.load import audio_limit_s, load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
 from posttrain.model.policy import GroupTensors, Policy, freeze_audio
+from posttrain.rollout.rendezvous import meeting_point, open_store
 from posttrain.schema import Recipe
 from posttrain.train.deepspeed_config import deepspeed_config
-from posttrain.train.meeting import meeting_point
 from posttrain.train.optimizer_state import load_rank_state, save_rank_state
 from posttrain.train.weights import LearnerWeights, full_weights, gathered
 from posttrain.types import Group
@@ -184,7 +184,7 @@ class LearnerRank:
         row = scored.row
         waveform = None
         if row.audio is not None:
-            limit_s = self.recipe.model.max_audio_len_s or self.processor.max_audio_len
+            limit_s = audio_limit_s(self.processor, self.recipe.model.max_audio_len_s)
             waveform = load_audio(row.audio, max_duration_s=limit_s)
         batch = encode(self.processor, row.prompt, waveform)
         if tuple(batch.pop("input_ids")[0].tolist()) != scored.group.prompt_token_ids:
@@ -198,8 +198,14 @@ class LearnerRank:
         return policy(
             batch["tensors"],
             temperature=self.recipe.sampling.temperature,
-            chunk_tokens=self.recipe.training.logprob_chunk_tokens,
+            num_chunks=self._num_chunks(),
         )
+
+    def _num_chunks(self) -> int:
+        """By the longest group possible, so that all ranks make equally many."""
+        sampling = self.recipe.sampling
+        longest = sampling.num_generations * sampling.max_completion_length
+        return math.ceil(longest / self.recipe.training.logprob_chunk_tokens)
 
     @torch.no_grad()
     def _fixed_logprobs(self, batches: Sequence[dict[str, Any]]) -> None:
@@ -318,13 +324,15 @@ class LearnerRank:
 
     # --- weights out, state in and out ----------------------------------------------------------
 
-    def connect_transfer(self, client: Any, address: str, port: int, world_size: int) -> None:
+    def connect_transfer(
+        self, client: Any, address: str, port: int, world_size: int, backend: str
+    ) -> None:
         """Joins the inference workers' weight-transfer group; rank 0 is the sender."""
         from posttrain.rollout.weight_sync import trainer_transfer
 
         self._transfer = trainer_transfer(
             self.weights, client, rank=self.rank, address=address, port=port,
-            world_size=world_size, device=self.device.type,
+            world_size=world_size, backend=backend,
         )  # fmt: skip
 
     def send_weights(self) -> int:
@@ -372,13 +380,14 @@ def _join(rank: int, world_size: int, address: str, port: int, device: str) -> N
     }  # fmt: skip
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if address.startswith("127."):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import deepspeed
 
     # the shared-memory collective is compiled at start and needs a compiler; gloo does the work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device == "cuda" else "gloo"
+    store = open_store(address, port, rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:

@@ -10,9 +10,9 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from posttrain.rollout.rendezvous import meeting_point
 from posttrain.schema import Recipe
 from posttrain.train.learner import LearnerRank, ScoredGroup
-from posttrain.train.meeting import meeting_point
 
 
 class LearnerGroup:

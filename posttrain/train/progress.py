@@ -43,7 +43,7 @@ class Progress:
     def table(self, summary: Mapping[str, Any]) -> None:
         """Held-out scores before and after, with the paired interval."""
         scores = summary.get("held_out")
-        if not scores:
+        if not scores or "paired_diff" not in scores:
             return
         table = Table(title=f"{summary['run']}: held-out, n={scores['n']}, greedy")
         for column in ("", "before", "after"):

@@ -74,7 +74,7 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         check_gpus(recipe, learner_device, rollout_device, num_gpus)
         pool = RolloutPool(
-            engine_settings(recipe, rollout_device),
+            engine_settings(recipe, learner_device, rollout_device),
             recipe.rollout.num_workers,
             recipe.rollout.timeout_s,
             recipe.rollout.max_restarts,
@@ -152,8 +152,9 @@ def _worker_resources(recipe: Recipe, device: str) -> dict[str, Any]:
     }
 
 
-def engine_settings(recipe: Recipe, device: str) -> EngineSettings:
+def engine_settings(recipe: Recipe, learner_device: str, device: str) -> EngineSettings:
     rollout = recipe.rollout
+    both_on_gpus = learner_device == device == "cuda"
     return EngineSettings(
         checkpoint=recipe.model.path, engine=rollout.engine, device=device,
         dtype=recipe.model.dtype, seed=recipe.seed,
@@ -163,4 +164,5 @@ def engine_settings(recipe: Recipe, device: str) -> EngineSettings:
         max_num_seqs=rollout.max_num_seqs, max_audio_len_s=recipe.model.max_audio_len_s,
         max_lora_rank=recipe.lora.r if recipe.lora.enabled else None,
         threads=rollout.threads_per_worker,
+        transfer_backend="nccl" if both_on_gpus else "gloo",
     )  # fmt: skip

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from posttrain.config import to_yaml
 from posttrain.data.rows import Row
 from posttrain.schema import Recipe
@@ -45,11 +47,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self.latest_checkpoint() if self.resumed else None
         self.recipe = recipe
-        if self.resumed:
+        if self.checkpoint:
             _refuse_changed_recipe(self.path / "recipe.yaml", recipe)
-        else:
-            (self.path / "recipe.yaml").write_text(to_yaml(recipe))
-        done = self.checkpoint.step if self.checkpoint else 0
+        (self.path / "recipe.yaml").write_text(to_yaml(recipe))
+        done = self.steps_done
+        _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             _keep_lines_until(self.path / name, done)
         self.sinks = _open_sinks(recipe, self.path)
@@ -60,9 +62,9 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends to metrics.jsonl, then to every reporter; a reporter's failure is a warning."""
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        record = {"step": step, "time_s": time.time(), **metrics}
         with (self.path / "metrics.jsonl").open("a") as out:
-            out.write(json.dumps({"step": step, "time_s": time.time(), **finite}) + "\n")
+            out.write(json.dumps(finite(record), allow_nan=False) + "\n")
         for sink in self.sinks:
             try:
                 sink.log(metrics, step)
@@ -121,7 +123,7 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, which marks the run as finished."""
         partial = self.path / ".summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
         os.replace(partial, self.path / "summary.json")
         for sink in self.sinks:
             sink.close()
@@ -136,7 +138,7 @@ class RunFolder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
         os.replace(partial, path)
 
     def load_json(self, name: str) -> Any | None:
@@ -158,21 +160,39 @@ def _choose(recipe: Recipe) -> tuple[Path, bool]:
     raise ValueError(f"run_name={name}: 999 runs of this name in {base}; choose another")
 
 
-FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "rollout"}
+FREE_TO_CHANGE = (
+    "resume", "report_to", "output_dir", "rollout.", "training.max_steps", "training.learning_rate",
+    "training.save_", "training.eval_steps", "training.max_skipped_steps", "evaluation.",
+    "sampling.max_completion_length",
+)  # fmt: skip
 
 
 def _refuse_changed_recipe(path: Path, recipe: Recipe) -> None:
-    """An unfinished run goes on only with the recipe that it was started with."""
-    from omegaconf import OmegaConf
+    """A run goes on only with what it was started with, but for `FREE_TO_CHANGE`."""
+    before = _leaves(OmegaConf.to_container(OmegaConf.load(path)))
+    now = _leaves(asdict(recipe))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new and not key.startswith(FREE_TO_CHANGE):
+            raise ValueError(
+                f"{path.parent}: unfinished run with {key}={old}, now {new}; set it back, or "
+                "resume=never or another run_name for a new run"
+            )
 
-    before = OmegaConf.to_container(OmegaConf.load(path))
-    now = asdict(recipe)
-    changed = [k for k in now if k not in FREE_TO_CHANGE and before.get(k) != now[k]]
-    if changed:
-        raise ValueError(
-            f"{path.parent}: unfinished run with another {changed[0]!r} section; set "
-            "resume=never for a new run, or another run_name"
-        )
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        deeper = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        out |= {f"{prefix}{key}": value} if deeper is None else deeper
+    return out
+
+
+def _drop_later_evaluations(folder: Path, done: int, *, keep_before: bool) -> None:
+    """Evaluations of steps that will be trained again do not count."""
+    for path in folder.glob("*.json"):
+        if json.loads(path.read_text())["step"] > done or not keep_before:
+            path.unlink()
 
 
 def _keep_lines_until(path: Path, step: int) -> None:
@@ -200,3 +220,12 @@ def _open_sinks(recipe: Recipe, path: Path) -> list[Any]:
         except Exception as error:
             log.warning("report_to=%s cannot start and is skipped: %s", name, error)
     return sinks
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with null in place of NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

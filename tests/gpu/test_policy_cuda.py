@@ -25,6 +25,6 @@ def test_logprobs_on_cuda_equal_those_on_cpu(nano: str) -> None:
         policy = Policy(model).to(device)
         group = GroupTensors(prompt.to(device), (ids * mask).to(device), mask.to(device))
         with torch.no_grad():
-            ((logprobs, _),) = policy([group], temperature=1.0, chunk_tokens=8)
+            ((logprobs, _),) = policy([group], temperature=1.0, num_chunks=3)
         results.append(logprobs.cpu())
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.model.load import load_model, save_checkpoint
-from posttrain.train.meeting import free_port
+from posttrain.rollout.rendezvous import free_port
 
 pytestmark = pytest.mark.slow
 

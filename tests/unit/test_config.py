@@ -65,6 +65,10 @@ def test_resolved_yaml_gives_the_same_recipe(tmp_path: Path) -> None:
         ("model.path=hf_abcdefghijklmnop", "environment variable"),
         ("rollout.weight_sync=full", "use auto"),
         ("noequals", "key=value"),
+        ("training.per_device_group_batch_size=0", "from 1 to"),
+        ("training.warmup_ratio=2", "from 0 to 1"),
+        ("training.save_steps=0", "from 1 to"),
+        ("algorithm.loss_type=cispo", "1 or more"),
     ],
 )
 def test_bad_values_are_refused(override: str, part: str) -> None:

@@ -103,6 +103,9 @@ def test_grounding_of_two_spans_and_absent_events() -> None:
         ("B.", "B"),
         ("It is the dog barking.", "B"),
         ("cat or dog barking", None),
+        ("It was recorded in the USA", None),
+        ("Answer: B, because it barks", "B"),
+        ("answer is C", "C"),
         ("A dog", None),
     ],
 )

@@ -21,6 +21,12 @@ from posttrain.types import Completion, Group, RewardResult, RewardStatus
 def test_batches_cover_an_epoch_once_and_resume_by_number(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["training.prompts_per_step=8"])
     data = PromptBatches.from_recipe(recipe)
+    odd = PromptBatches.from_recipe(load_recipe(recipe_file, ["training.prompts_per_step=12"]))
+    for step in range(20):
+        assert len({row.id for row in odd.batch(step)}) == 12
+    assert {r.id for step in range(8) for r in odd.batch(step)} == {r.id for r in odd.rows}
+    counts = [r.id for step in range(8) for r in odd.batch(step)]
+    assert all(counts.count(row.id) == 3 for row in odd.rows), "96 draws are 3 epochs of 32"
     epoch = [row.id for step in range(4) for row in data.batch(step)]
     assert len(epoch) == len(set(epoch)) == 32
     assert [r.id for r in data.batch(4)] != [r.id for r in data.batch(0)]
@@ -37,8 +43,8 @@ def test_data_mistakes_are_named(recipe_file: Path, timelines: Path) -> None:
     with pytest.raises(ValueError, match="none of tasks"):
         PromptBatches.from_recipe(tasks)
     many = load_recipe(recipe_file, ["training.prompts_per_step=64"])
-    with pytest.raises(ValueError, match="more than the rows"):
-        PromptBatches.from_recipe(many).batch(0)
+    with pytest.raises(ValueError, match="more than the 32 rows"):
+        PromptBatches.from_recipe(many)
     chat = timelines / "chat.jsonl"
     chat.write_text('{"id": "c", "prompt": "Hello?"}\n')
     text_only = load_recipe(recipe_file, [f"data.train.main.path={chat}"])
@@ -61,9 +67,11 @@ def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) 
     again = RunFolder(recipe)
     assert again.resumed and again.steps_done == 2
     assert [m["step"] for m in again.read_jsonl("metrics.jsonl")] == [1]
-    other = load_recipe(recipe_file, ["training.learning_rate=1"])
-    with pytest.raises(ValueError, match="another 'training' section"):
+    other = load_recipe(recipe_file, ["algorithm.epsilon=0.3"])
+    with pytest.raises(ValueError, match=r"algorithm.epsilon=0.2, now 0.3"):
         RunFolder(other)
+    RunFolder(load_recipe(recipe_file, ["training.learning_rate=1", "training.max_steps=9"]))
+    again = RunFolder(recipe)
     again.finish({"done": True})
     assert RunFolder(recipe).path.name == "tiny-2"
     assert json.loads((again.path / "summary.json").read_text()) == {"done": True}

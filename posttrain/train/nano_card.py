@@ -111,7 +111,7 @@ def _card(facts: dict, scores: dict) -> str:
         f"{facts['settings']['text_steps']} + {facts['settings']['easy_steps']} + "
         f"{facts['settings']['hard_steps']} steps of {facts['settings']['batch_size']} "
         f"conversations (text look-up, short clean, long noisy), {facts['train_s'] / 60:.0f} "
-        "minutes on 2 CPU cores that other work shared.", "",
+        f"minutes on 2 CPU cores that other work shared. {facts.get('history', '')}", "",
         "**Scores.** Free-running generation on new compositions; success is IoU >= 0.5 for spans "
         "and the exact answer otherwise; 95 % bootstrap interval.", "",
         "| rows | task | n | greedy success | interval | greedy mIoU | share of 8 samples |",

@@ -102,7 +102,9 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
 def start_ray(recipe: Recipe) -> None:
     os.environ |= {k: v for k, v in STARTUP_ENV.items() if k not in os.environ}
     needed = recipe.learner.num_processes + recipe.rollout.num_workers + 1
-    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False}
+    options: dict[str, Any] = {
+        "log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR",
+    }  # fmt: skip
     if "RAY_ADDRESS" not in os.environ:
         options |= {
             "num_cpus": max(needed, os.cpu_count() or 1),

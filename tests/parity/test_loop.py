@@ -115,6 +115,7 @@ def test_lost_workers_are_replaced_and_every_group_trains_once(
         recipe_file,
         "training.max_steps=4",
         "rollout.num_workers=2",
+        "rollout.threads_per_worker=1",
         "training.prompts_per_step=8",
         "sampling.max_completion_length=160",
         "training.learning_rate=1e-3",

@@ -44,7 +44,8 @@ def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str)
         f"sync {last['sync/seconds']:.3f} s, {last['sync/bytes']:.0f} bytes"
     )
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    assert last["train/skipped"] == 0 and last["train/grad_norm"] > 0
+    assert any(m["train/grad_norm"] > 0 for m in metrics[:3]), "the synced weights are new ones"
+    assert all(m["train/skipped"] == 0 for m in metrics)
     assert last["engine/logprob_diff_max"] <= 1e-5
     versions = {r["policy_version"] for r in folder.read_jsonl("rollouts.jsonl") if r["step"] == 4}
     assert versions == {3}

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +288,3 @@ def _validate(row: Row, where: str) -> None:
         raise ValueError(f"{where}: dense row without `events`; label them, or use task 'absent'")
     if row.task is Task.CHOICE and not row.answer:
         raise ValueError(f"{where}: choice row without `answer`; give the letter or the text")
-
-
-def relocate(row: Row, audio: str) -> Row:
-    """The same row with its clip at another path."""
-    return replace(row, audio=audio)

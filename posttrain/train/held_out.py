@@ -31,7 +31,7 @@ def greedy_scores(
     generate: Callable[[Sequence[PromptRequest], SamplingSettings], list[Group]],
     max_tokens: int,
 ) -> list[RowScore]:
-    """Answers every row greedily and scores it. A truncated answer is scored as it stands."""
+    """Answers every row greedily; a truncated answer has spans scored, but no reward."""
     requests = [PromptRequest(f"eval/{r.id}", r.id, r.prompt, r.audio, 0) for r in rows]
     groups = generate(requests, SamplingSettings(0.0, max_tokens))
     return [_score(row, group, reward) for row, group in zip(rows, groups, strict=True)]

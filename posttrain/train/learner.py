@@ -30,6 +30,7 @@ from posttrain.rollout.rendezvous import meeting_point, open_store
 from posttrain.schema import Recipe
 from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.optimizer_state import load_rank_state, save_rank_state
+from posttrain.train.schedule import lr_factor
 from posttrain.train.weights import LearnerWeights, full_weights, gathered
 from posttrain.types import Group
 
@@ -63,7 +64,6 @@ class LearnerRank:
         torch.manual_seed(recipe.seed + rank)
         self.reference: Policy | None = None
         self._transfer: Any = None
-        self._resume_dir: Path | None = None
 
     def build(self, resume_dir: str | None = None) -> dict[str, int]:
         """Loads the policy (or a checkpoint of it), wraps it in DeepSpeed; returns sizes."""
@@ -139,12 +139,9 @@ class LearnerRank:
         batches = self._prepare(scored)
         self._fixed_logprobs(batches)
         metrics: dict[str, float] = {}
-        for iteration in range(self.recipe.algorithm.num_iterations):
-            self._set_learning_rate(step)
-            sums = self.accumulate(batches)
-            metrics = self._summarise(sums, batches)
-            metrics |= self._step()
-            metrics["train/iterations"] = float(iteration + 1)
+        self._set_learning_rate(step)
+        for _ in range(self.recipe.algorithm.num_iterations):
+            metrics = self._summarise(self.accumulate(batches)) | self._step()
         return metrics
 
     def _prepare(self, scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
@@ -302,9 +299,7 @@ class LearnerRank:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
 
-    def _summarise(
-        self, sums: dict[str, torch.Tensor], batches: Sequence[dict[str, Any]]
-    ) -> dict[str, float]:
+    def _summarise(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         keys = sorted(k for k in sums if not k.startswith("max_"))
         added = torch.stack([sums[k].double() for k in keys])
         largest = sums["max_engine_diff"].double()
@@ -342,7 +337,10 @@ class LearnerRank:
 
     def trainable_weights(self) -> dict[str, torch.Tensor] | None:
         """Canonical trainable weights on the CPU, from rank 0; every rank must call."""
-        weights = {name: tensor.cpu().clone() for name, tensor in self.weights}
+        weights = {}
+        for name, tensor in self.weights:
+            if self.rank == 0:
+                weights[name] = tensor.cpu().clone()
         return weights if self.rank == 0 else None
 
     def adapter(self) -> dict[str, bytes] | None:
@@ -388,18 +386,6 @@ def _join(rank: int, world_size: int, address: str, port: int, device: str) -> N
     store = open_store(address, port, rank, world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-
-
-def lr_factor(recipe: Recipe, step: int) -> float:
-    """Share of the peak learning rate at optimizer step `step` (from 0)."""
-    training = recipe.training
-    warmup = math.ceil(training.warmup_ratio * training.max_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, training.max_steps - warmup)
-    if training.lr_scheduler_type == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 - progress if training.lr_scheduler_type == "linear" else 1.0
 
 
 def _engine_difference(

@@ -49,7 +49,9 @@ class LearnerWeights:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters.items():
             with gathered([parameter], self._zero_stage):
-                yield name, parameter.detach()
+                # the receiver may hold several tensors while ZeRO-3 takes this one apart again
+                full = parameter.detach()
+                yield name, full.clone() if self._zero_stage == 3 else full
 
 
 def full_weights(core: nn.Module, zero_stage: int, *, keep: bool) -> dict[str, torch.Tensor]:

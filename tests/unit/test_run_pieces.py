@@ -13,8 +13,8 @@ from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches
 from posttrain.train.grpo import GrpoLoop, sampling_seed, score
 from posttrain.train.held_out import RowScore, bootstrap_ci95, compare
-from posttrain.train.learner import lr_factor
 from posttrain.train.run_folder import RunFolder
+from posttrain.train.schedule import lr_factor
 from posttrain.types import Completion, Group, RewardResult, RewardStatus
 
 

@@ -107,11 +107,14 @@ def _card(facts: dict, scores: dict) -> str:
         "asterisk-core-sounds-en-wav (CC BY-SA 3.0, one English speaker; provenance: "
         f"{facts['provenance']}). Compositions, not clips, are held out; "
         "questions about clips never heard are scored beside them and gate nothing.", "",
-        f"**Training.** `posttrain nano build`, seed {facts['settings']['seed']}, "
-        f"{facts['settings']['text_steps']} + {facts['settings']['easy_steps']} + "
-        f"{facts['settings']['hard_steps']} steps of {facts['settings']['batch_size']} "
-        f"conversations (text look-up, short clean, long noisy), {facts['train_s'] / 60:.0f} "
-        f"minutes on 2 CPU cores that other work shared. {facts.get('history', '')}", "",
+        f"**Training.** `posttrain nano build`, seed {facts['settings']['seed']}: "
+        f"{facts['settings']['drill_steps']} steps of look-up drills and "
+        f"{facts['settings']['chat_steps']} of conversations on text, then "
+        f"{facts['settings']['easy_steps']} on short clean timelines and "
+        f"{facts['settings']['hard_steps']} on long noisy ones, {facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
+        "that asks for reasoning is answered after a chain of timed events in one half of the "
+        "audio lessons and at once in the other: reinforcement learning is left to find out which "
+        "of the two pays.", "",
         "**Scores.** Free-running generation on new compositions; success is IoU >= 0.5 for spans "
         "and the exact answer otherwise; 95 % bootstrap interval.", "",
         "| rows | task | n | greedy success | interval | greedy mIoU | share of 8 samples |",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -57,29 +59,30 @@ def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str)
         assert all(n.startswith(("audio_", "language_model.", "multi_")) for n in names)
 
 
-class Stop(Exception):
-    pass
-
-
 def test_six_steps_equal_three_resumed_for_three(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: str
 ) -> None:
+    """When step 5 begins the run folder is copied, as a killed run would have left it, and resumed.
+
+    The copy holds the checkpoint of step 3 and the logs of step 4, which has to be done again.
+    """
     common = ("training.max_steps=6", "training.save_steps=3", "training.learning_rate=3e-4",
-              "learner.num_processes=2")  # fmt: skip
-    whole = run(recipe_file, *common, "run_name=whole")
+              "learner.num_processes=2", "run_name=six")  # fmt: skip
+    killed = tmp_path / "killed"
     plain_step = grpo.GrpoLoop.step
 
-    def interrupted(self: grpo.GrpoLoop, step: int) -> None:
+    def step_after_copy(self: grpo.GrpoLoop, step: int) -> None:
         if step == 4:
-            raise Stop
+            shutil.copytree(self.run.path, killed / "six")
         plain_step(self, step)
 
-    monkeypatch.setattr(grpo.GrpoLoop, "step", interrupted)
-    with pytest.raises(Stop):
-        run(recipe_file, *common, "run_name=parts")
+    monkeypatch.setattr(grpo.GrpoLoop, "step", step_after_copy)
+    whole = run(recipe_file, *common)
     monkeypatch.setattr(grpo.GrpoLoop, "step", plain_step)
-    parts = run(recipe_file, *common, "run_name=parts")
-    assert parts.path.name == "parts"
+    logged = (killed / "six" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4]
+    parts = run(recipe_file, *common, f"output_dir={killed}")
+    assert parts.path == killed / "six"
 
     def rollouts(folder: RunFolder) -> list[tuple]:
         keys = ("step", "group_id", "index", "completion", "reward")

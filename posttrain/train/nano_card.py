@@ -111,7 +111,8 @@ def _card(facts: dict, scores: dict) -> str:
         f"{facts['settings']['drill_steps']} steps of look-up drills and "
         f"{facts['settings']['chat_steps']} of conversations on text, then "
         f"{facts['settings']['easy_steps']} on short clean timelines and "
-        f"{facts['settings']['hard_steps']} on long noisy ones, {facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
+        f"{facts['settings']['hard_steps']} on long noisy ones, "
+        f"{facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
         "that asks for reasoning is answered after a chain of timed events in one half of the "
         "audio lessons and at once in the other: reinforcement learning is left to find out which "
         "of the two pays.", "",

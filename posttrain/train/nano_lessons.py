@@ -4,7 +4,8 @@
     Conversations  question, chain of timed events, answer, follow-ups   text or composed audio
 
 A batch is a dict: `input_ids` and `weights_BT` (B, T), and with audio the features and
-`frame_labels_WF` (windows, frames of 40 ms), the label that sounds, 0 for none.
+`frame_targets_WF5` (windows, frames of 40 ms, 5): which label sounds (0 for none), and the second
+and tenth at which its event starts and ends (`NO_EVENT` where none sounds).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ DIRECT_SHARE = 0.5
 FOLLOW_UPS = 3
 UNPREDICTABLE_WEIGHT = 0.05
 FRAMES_PER_S = 25
+NO_EVENT = -100
 Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the loss
 # (until step, rows of each kind): recite, pairs, spans
 CURRICULUM = ((180, (32, 0, 0)), (260, (8, 48, 0)), (math.inf, (4, 12, 24)))
@@ -154,7 +156,7 @@ class Conversations:
             "weights_BT": torch.stack([assistant_mask(ids, tokenizer) for ids in ids_BT]).float(),
             "input_features": batch["input_features"],
             "input_features_mask": batch["input_features_mask"],
-            "frame_labels_WF": self._frame_labels(lessons, waveforms),
+            "frame_targets_WF5": self._frame_targets(lessons, waveforms),
         }
 
     def _weighted(self, lesson: dict[str, Any]) -> tuple[list[int], list[float]]:
@@ -169,17 +171,20 @@ class Conversations:
                 weights[i] = UNPREDICTABLE_WEIGHT
         return encoded["input_ids"], weights
 
-    def _frame_labels(self, lessons: Sequence[dict[str, Any]], waveforms: Sequence[Any]) -> Tensor:
+    def _frame_targets(self, lessons: Sequence[dict[str, Any]], waveforms: Sequence[Any]) -> Tensor:
         index = {s.label: i + 1 for i, s in enumerate(self.sounds)}
         frames = nano.WINDOW_S * FRAMES_PER_S
         out = []
         for lesson, waveform in zip(lessons, waveforms, strict=True):
             num_windows = math.ceil(len(waveform) / SAMPLE_RATE_HZ / nano.WINDOW_S)
-            labels = torch.zeros(num_windows * frames, dtype=torch.long)
+            targets = torch.full((num_windows * frames, 5), NO_EVENT)
+            targets[:, 0] = 0
             for event in lesson["events"]:
                 first, last = (round(s * FRAMES_PER_S) for s in (event.start_s, event.end_s))
-                labels[first:last] = index[event.label]
-            out.append(labels.view(-1, frames))
+                tenths = (round(10 * s) for s in (event.start_s, event.end_s))
+                digits = [digit for tenth in tenths for digit in divmod(tenth, 10)]
+                targets[first:last] = torch.tensor([index[event.label], *digits])
+            out.append(targets.view(-1, frames, 5))
         return torch.cat(out)
 
 

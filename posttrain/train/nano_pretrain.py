@@ -4,8 +4,8 @@
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
 own list of timed events. The drills teach that on bare text, the conversations carry it over to
-the chat form, and the audio stages learn to hear, helped by a loss on the encoder's frames (which
-label sounds at each), whose head is thrown away. Matrices are trained with Muon
+the chat form, and the audio stages learn to hear, helped by a loss on the audio embeddings
+(`FrameHead`), thrown away afterwards. Matrices are trained with Muon
 (https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came in about a third of
 the steps that AdamW alone took.
 
@@ -15,6 +15,7 @@ the steps that AdamW alone took.
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from data_recipes.recorded_prompts import Recordings, load_recordings
 from data_recipes.timelines import QUESTIONS, Sound, TimelineSpec, load_sounds
 from posttrain.model import nano
 from posttrain.model.load import load_model, save_checkpoint
-from posttrain.train.nano_lessons import Conversations, Drills
+from posttrain.train.nano_lessons import NO_EVENT, Conversations, Drills
 
 MAX_POSITION_SHIFT = 600
 WARM_UP_STEPS = 50
@@ -54,8 +55,8 @@ class PretrainSettings:
 
     drill_steps: int = 420
     chat_steps: int = 300
-    easy_steps: int = 400
-    hard_steps: int = 700
+    easy_steps: int = 700
+    hard_steps: int = 900
     text_batch_size: int = 32
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -93,7 +94,7 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
         "audio_easy": ([easy], settings.easy_steps),
         "audio_hard": ([hard], settings.hard_steps),
     }
-    frame_head = nn.Linear(model.config.audio_config.hidden_size, len(heard) + 1)
+    frame_head = FrameHead(model, tokenizer, labels)
     for stage, (lessons, steps) in stages.items():
         if stage in done.names:
             continue
@@ -102,6 +103,38 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
         done.add(stage)
     _write_facts(out_dir, settings, recordings, heard, time.monotonic() - started)
     done.path.unlink()
+
+
+class FrameHead(nn.Module):
+    """Loss that lines audio embeddings up with the language model's own tokens.
+
+    Each frame's embedding, as the language model gets it, must pick the token of the label that
+    sounds from the embedding table, and tell linearly when its event starts and ends. So the
+    heads that the drills formed on text find names in audio as well.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, labels: Sequence[str]) -> None:
+        super().__init__()
+        tokens = [tokenizer(f" {x}", add_special_tokens=False)["input_ids"][0] for x in labels]
+        self.register_buffer("label_tokens", torch.tensor(tokens))
+        self.table = [model.get_input_embeddings()]  # in a list: not a parameter of this head
+        seconds = math.ceil(max(EASY.duration_s[1], HARD.duration_s[1])) + 1
+        self.sizes = [seconds, 10, seconds, 10]
+        self.silence = nn.Parameter(torch.zeros(()))
+        self.times = nn.Linear(model.config.text_config.hidden_size, sum(self.sizes))
+
+    def forward(self, frames_NH: Tensor, targets_N5: Tensor) -> Tensor:
+        """Cross-entropy over frames: of the label, plus the mean over the four time digits."""
+        labels_LH = self.table[0].weight[self.label_tokens].detach()
+        scores_NL = frames_NH @ nn.functional.normalize(labels_LH, dim=-1).T
+        silence_N1 = self.silence.expand(len(frames_NH), 1)
+        loss = nn.functional.cross_entropy(
+            torch.cat([silence_N1, scores_NL.float()], dim=1), targets_N5[:, 0]
+        )
+        digits = self.times(frames_NH).float().split(self.sizes, dim=1)
+        for logits, target_N in zip(digits, targets_N5[:, 1:].unbind(1), strict=True):
+            loss = loss + nn.functional.cross_entropy(logits, target_N, ignore_index=NO_EVENT) / 4
+        return loss
 
 
 class _Stages:
@@ -143,7 +176,7 @@ class _Journal:
 
 
 def _train(
-    model: nn.Module, frame_head: nn.Module, lessons: Sequence[Iterable[dict[str, Tensor]]],
+    model: nn.Module, frame_head: FrameHead, lessons: Sequence[Iterable[dict[str, Tensor]]],
     steps: int,
     settings: PretrainSettings, journal: _Journal, stage: str,
 ) -> None:  # fmt: skip
@@ -199,7 +232,7 @@ def _lr_factor(step: int, steps: int) -> float:
 
 
 def _loss(
-    model: Any, frame_head: nn.Module, batch: dict[str, Tensor],
+    model: Any, frame_head: FrameHead, batch: dict[str, Tensor],
     settings: PretrainSettings, rng: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     ids_BT, weights_BT = batch["input_ids"], batch["weights_BT"]
@@ -213,10 +246,12 @@ def _loss(
         )
         mask = (ids_BT == model.config.audio_token_id).unsqueeze(-1)
         embeds_BTH = embeds_BTH.masked_scatter(mask, audio.pooler_output.to(embeds_BTH.dtype))
-        frame_logits = frame_head(audio.last_hidden_state)
-        frame_loss = nn.functional.cross_entropy(
-            frame_logits.flatten(0, 1), batch["frame_labels_WF"].flatten()
+        _, num_frames_W = model.model.audio_tower._get_feat_extract_output_lengths(
+            batch["input_features_mask"].sum(-1)
         )
+        targets_WF5 = batch["frame_targets_WF5"]
+        heard_WF = torch.arange(targets_WF5.shape[1]) < num_frames_W.unsqueeze(1)
+        frame_loss = frame_head(audio.pooler_output, targets_WF5[heard_WF])
     else:
         positions = positions + torch.randint(MAX_POSITION_SHIFT, (1,), generator=rng)
     hidden = model.model.language_model(

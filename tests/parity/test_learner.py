@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 from probes import ProbeRank
+from safetensors.torch import load
 
 from posttrain.config import load_recipe
 from posttrain.data.audio import load_audio
@@ -90,3 +91,37 @@ def compare(recipe_file: Path, groups: list[ScoredGroup], one: tuple, stage: int
     assert len(one_grad) > 40
     assert gradient_difference <= 1e-5
     assert update_difference <= 0.01
+
+
+def adapter_of(learners: LearnerGroup) -> dict[str, torch.Tensor]:
+    return load(learners.call_first("adapter")["adapter_model.safetensors"])
+
+
+def test_an_adapter_resumes_where_it_stopped(
+    recipe_file: Path, nano: str, timelines: Path, tmp_path: Path
+) -> None:
+    """Two updates equal one, save, load in a fresh process, one: adapter, moments and dropout."""
+    groups = replayed_groups(nano, timelines, 4)
+    recipe = load_recipe(recipe_file, ["lora.enabled=true", "lora.r=4", "lora.dropout=0.1"])
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    start_ray(recipe)
+    try:
+        whole = LearnerGroup(recipe, "cpu")
+        whole.build()
+        start = adapter_of(whole)
+        whole.update(groups, 0)
+        whole.call_all("save", str(saved))
+        whole.update(groups, 1)
+        expected = adapter_of(whole)
+        whole.stop()
+        resumed = LearnerGroup(recipe, "cpu")
+        resumed.build(str(saved))
+        resumed.update(groups, 1)
+        weights = adapter_of(resumed)
+        resumed.stop()
+    finally:
+        ray.shutdown()
+    assert (saved / "adapter" / "adapter_config.json").exists()
+    assert relative(start, expected) > 1e-4
+    assert relative(weights, expected) <= 1e-6

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
-from posttrain.train.nano_lessons import Conversations, Drills, imagined_events
+from posttrain.train.nano_lessons import NO_EVENT, Conversations, Drills, imagined_events
 
 WORDS = (
     "seven eight nine one two three four five six twelve twenty thirty forty fifty sixty seventy "
@@ -84,12 +84,14 @@ def test_frame_labels_lie_where_the_events_are(processor: Any) -> None:
     spec = TimelineSpec(duration_s=(11.0, 12.0), num_events=(2, 2))
     lessons = Conversations(processor, SOUNDS, 1, 0, spec)
     lesson = lessons._conversation(random.Random(3))
-    frames = lessons._batch([lesson])["frame_labels_WF"]
-    assert frames.shape == (2, 250), "two windows of 10 s, 40 ms a frame"
+    targets = lessons._batch([lesson])["frame_targets_WF5"]
+    assert targets.shape == (2, 250, 5), "two windows of 10 s, 40 ms a frame"
     for event in lesson["events"]:
         middle = round((event.start_s + event.end_s) / 2 * 25)
-        assert LABELS[frames.flatten()[middle] - 1] == event.label
-    assert (frames == 0).any()
+        label, *digits = targets.flatten(0, 1)[middle].tolist()
+        assert LABELS[label - 1] == event.label
+        assert "{}.{}-{}.{}".format(*digits) == f"{event.start_s:.1f}-{event.end_s:.1f}"
+    assert (targets[..., 0] == 0).any() and (targets[..., 1] == NO_EVENT).any()
 
 
 def test_imagined_events_are_in_order_of_start() -> None:

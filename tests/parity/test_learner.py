@@ -102,7 +102,11 @@ def test_an_adapter_resumes_where_it_stopped(
 ) -> None:
     """Two updates equal one, save, load in a fresh process, one: adapter, moments and dropout."""
     groups = replayed_groups(nano, timelines, 4)
-    recipe = load_recipe(recipe_file, ["lora.enabled=true", "lora.r=4", "lora.dropout=0.1"])
+    recipe = load_recipe(
+        recipe_file,
+        ["lora.enabled=true", "lora.r=4", "lora.dropout=0.1", "training.learning_rate=0.01",
+         "algorithm.vllm_importance_sampling_correction=false"],
+    )  # fmt: skip
     saved = tmp_path / "checkpoint"
     saved.mkdir()
     start_ray(recipe)

@@ -144,15 +144,18 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             for _ in self.source:
                 pass
             return
-        self.client.start_weight_update()
+        weights = iter(self.source)
         pool = ThreadPoolExecutor(max_workers=1)
         try:
+            self.client.start_weight_update()
             received = pool.submit(self.client.update_weights, asdict(_update_info(meta)))
-            for _, tensor in self.source:
+            for _, tensor in weights:
                 self.group.broadcast(tensor.cpu().contiguous())
             received.result()
         finally:
             pool.shutdown(wait=False)
+            for _ in weights:  # a worker was lost: the other ranks gather to the end regardless
+                pass
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:

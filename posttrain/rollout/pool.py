@@ -71,6 +71,11 @@ class RolloutPool:
 
     def heal(self) -> None:
         """Replaces workers that do not answer; for the moments before a weight sync."""
+        if lost := self.lost():
+            self._restart(lost)
+
+    def lost(self) -> list[int]:
+        """Indices of workers that are dead, or silent for `HEAL_TIMEOUT_S`."""
         lost = []
         answers = [worker.ready.remote() for worker in self.workers]
         for index, answer in enumerate(answers):
@@ -79,8 +84,7 @@ class RolloutPool:
             except (RayActorError, GetTimeoutError):
                 log.warning("rollout worker %d does not answer", index)
                 lost.append(index)
-        if lost:
-            self._restart(lost)
+        return lost
 
     def _new_worker(self, index: int) -> Any:
         name = f"rollout-{index}.{self.restarts}"
@@ -159,6 +163,10 @@ class RolloutPool:
             except RayTaskError as error:
                 raise error.as_instanceof_cause() from error
         return results, lost
+
+    def restart_all(self) -> None:
+        """Starts every worker anew; for a weight sync that broke off half-way."""
+        self._restart(range(len(self.workers)))
 
     def _replace(self, indices: Sequence[int]) -> None:
         self._restart(indices)

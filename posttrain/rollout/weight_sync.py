@@ -9,11 +9,15 @@ After either, every cache that depends on the weights is dropped.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,40 @@ class WeightSync:
         self(self.policy_version)
 
     def __call__(self, policy_version: int) -> SyncReport:
-        """One sync; all workers serve `policy_version` when it returns."""
+        """One sync; all workers serve `policy_version` when it returns.
+
+        A worker lost on the way leaves the others with half of the weights, and the learner with
+        a broken connection: all workers are started anew and the sync is tried once more.
+        """
         started = time.monotonic()
         self.policy_version = policy_version
         self.pool.heal()
+        try:
+            num_bytes = self._send()
+        except (RayError, RuntimeError) as error:
+            if not self.pool.lost():
+                raise
+            log.warning("weight sync broke off: %s", str(error).splitlines()[0])
+            self._connected = []
+            self.pool.restart_all()
+            num_bytes = self._send()
+        return SyncReport(self.mode, num_bytes, time.monotonic() - started)
+
+    def _send(self) -> int:
+        """Sends the learners' weights; returns their bytes."""
         if self.mode == "adapter":
             files = self.learners.call_first("adapter")
-            self.pool.call_all("load_adapter", ray.put(files), policy_version)
-            num_bytes = sum(map(len, files.values()))
-        elif self.pool.settings.engine == "transformers":
+            self.pool.call_all("load_adapter", ray.put(files), self.policy_version)
+            return sum(map(len, files.values()))
+        if self.pool.settings.engine == "transformers":
             weights = self.learners.call_first("trainable_weights")
             self.pool.call_all("load_weights", ray.put(weights))
             num_bytes = sum(t.numel() * t.element_size() for t in weights.values())
-            self.pool.call_all("set_policy_version", policy_version)
         else:
             self._connect()
             num_bytes = self.learners.call_all("send_weights")[0]
-            self.pool.call_all("set_policy_version", policy_version)
-        return SyncReport(self.mode, num_bytes, time.monotonic() - started)
+        self.pool.call_all("set_policy_version", self.policy_version)
+        return num_bytes
 
     def _connect(self) -> None:
         """Rebuilds the transfer group whenever the workers are not the ones it was built with."""

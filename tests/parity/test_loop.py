@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from posttrain.config import load_recipe
+from posttrain.rollout.weight_sync import WeightSync
 from posttrain.train import grpo
 from posttrain.train.run_folder import RunFolder
 
@@ -103,7 +104,10 @@ def test_six_steps_equal_three_resumed_for_three(
 def test_lost_workers_are_replaced_and_every_group_trains_once(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker 0 is killed while it generates for the second step, and frozen in the third."""
+    """Worker 0 is killed while it generates for the second step, and frozen in the third.
+
+    Worker 1 is killed in the middle of the third sync: after it answered, before weights flow.
+    """
     plain_sample = grpo.GrpoLoop.sample
     faults = {1: signal.SIGKILL, 2: signal.SIGSTOP}
 
@@ -114,11 +118,20 @@ def test_lost_workers_are_replaced_and_every_group_trains_once(
             threading.Timer(0.1, os.kill, (pool.pids()[0], faults[step])).start()
         return plain_sample(self, rows, step)
 
+    plain_send = WeightSync._send
+
+    def send(self: WeightSync) -> int:
+        if self.policy_version == 3 and self.pool.restarts == 2:
+            os.kill(self.pool.pids()[1], signal.SIGKILL)
+        return plain_send(self)
+
     monkeypatch.setattr(grpo.GrpoLoop, "sample", sample)
+    monkeypatch.setattr(WeightSync, "_send", send)
     folder = run(
         recipe_file,
         "training.max_steps=4",
         "rollout.num_workers=2",
+        "rollout.max_restarts=4",
         "rollout.threads_per_worker=1",
         "training.prompts_per_step=8",
         "sampling.max_completion_length=160",
@@ -130,7 +143,7 @@ def test_lost_workers_are_replaced_and_every_group_trains_once(
     rollouts = folder.read_jsonl("rollouts.jsonl")
     trained = [(r["group_id"], r["index"]) for r in rollouts]
     assert len(trained) == len(set(trained)) == 4 * 8 * 4
-    assert folder.load_json("summary.json")["worker_restarts"] == 2
+    assert folder.load_json("summary.json")["worker_restarts"] == 4
 
 
 def test_a_nan_loss_leaves_the_weights_alone(

@@ -12,7 +12,10 @@ from transformers import AutoProcessor
 
 from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
+from posttrain.data.rows import Event, Row
+from posttrain.train.nano_card import succeeds
 from posttrain.train.nano_lessons import NO_EVENT, Conversations, Drills, imagined_events
+from posttrain.types import Completion, Task
 
 WORDS = (
     "seven eight nine one two three four five six twelve twenty thirty forty fifty sixty seventy "
@@ -107,3 +110,21 @@ def test_the_same_seed_gives_the_same_lessons(processor: Any) -> None:
         for _ in range(2)
     )
     assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("answer", "success"),
+    [
+        ("<think> may six</think> may <t>1.0-2.0</t> six <t>3.0-4.0</t>", 1.0),
+        ("six <t>1.0-2.0</t> may <t>3.0-4.0</t>", 0.0),
+        ("may <t>1.0-2.0</t> six <t>8.0-9.0</t>", 1.0),
+        ("may <t>1.0-2.0</t> six <t>8.0-9.0</t> two <t>3.0-4.0</t>", 0.0),
+        ("may and six", 0.0),
+    ],
+)
+def test_a_list_succeeds_only_with_times_under_the_right_names(answer: str, success: float) -> None:
+    """2 * overlap / (stated + true) of at least a half: 1, 0, 2/4, 2/5, 0."""
+    events = (Event(1.0, 2.0, "may"), Event(3.0, 4.0, "six"))
+    prompt = ({"role": "user", "content": timelines.DENSE_PROMPT},)
+    row = Row("r", prompt, "a.wav", 10.0, Task.DENSE, events)
+    assert succeeds(row, Completion((), (), answer, "stop", 0)) == success

@@ -176,11 +176,14 @@ def spans_of(label: str, events: Sequence[Event]) -> str:
     return " ".join(format_span(e.start_s, e.end_s) for e in events if e.label == label)
 
 
+def when(label: str, events: Sequence[Event]) -> Question:
+    """Asks for the spans of one label that occurs."""
+    answer = f"{label} {spans_of(label, events)}"
+    return Question(Task.GROUNDING, f"When is {label} heard?", answer, label)
+
+
 def ask_grounding(rng: random.Random, events: Sequence[Event], labels: Sequence[str]) -> Question:
-    label = rng.choice(sorted({e.label for e in events}))
-    return Question(
-        Task.GROUNDING, f"When is {label} heard?", f"{label} {spans_of(label, events)}", label
-    )
+    return when(rng.choice(sorted({e.label for e in events})), events)
 
 
 def ask_count(rng: random.Random, events: Sequence[Event], labels: Sequence[str]) -> Question:

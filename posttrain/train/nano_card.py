@@ -131,13 +131,14 @@ def _card(facts: dict, scores: dict) -> str:
         "questions about clips never heard are scored beside them and gate nothing.", "",
         f"**Training.** `posttrain nano build`, seed {facts['settings']['seed']}: "
         f"{facts['settings']['drill_steps']} steps of look-up drills and "
-        f"{facts['settings']['chat_steps']} of conversations on text, then "
+        f"{facts['settings']['imagined_steps']} of conversations about audio that is spelled "
+        "instead of heard, then "
         f"{facts['settings']['easy_steps']} on short clean timelines and "
         f"{facts['settings']['hard_steps']} on long noisy ones, "
         f"{facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
-        "that asks for reasoning is answered after a chain of timed events in one half of the "
-        "audio lessons and at once in the other: reinforcement learning is left to find out which "
-        "of the two pays.", "",
+        "that asks for reasoning is answered after a chain of timed events in some audio lessons "
+        "and at once in others: reinforcement learning is left to find out which of the two pays.",
+        "",
         "**Scores.** Free-running generation on new compositions; success is IoU >= 0.5 for spans "
         "(in a list only under the right name) and the exact answer otherwise; 95 % bootstrap "
         "interval.", "",

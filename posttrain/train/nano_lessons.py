@@ -1,11 +1,14 @@
 """What AF-Next-nano is taught: look-up drills on text, then conversations with and without audio.
 
     Drills         list of timed items, then every item asked again      text, no chat
-    Conversations  question, chain of timed events, answer, follow-ups   text or composed audio
+    Conversations  question, chain of timed events, answer, follow-ups   composed audio
 
-A batch is a dict: `input_ids` and `weights_BT` (B, T), and with audio the features and
-`frame_targets_WF5` (windows, frames of 40 ms, 5): which label sounds (0 for none), and the second
-and tenth at which its event starts and ends (`NO_EVENT` where none sounds).
+A batch is a dict: `input_ids` and `weights_BT` (B, T); of conversations also `spelled_N`, the token
+that each audio embedding should equal, in the order of the audio tokens, and, unless the audio is
+only imagined, the features:
+
+    audio    |......may may may may.............six six six|
+    spelled  |......m<t>0.8-1.3</t>.............s<t>2.1-2.5|     m, s: names; . a token for silence
 """
 
 from __future__ import annotations
@@ -21,18 +24,16 @@ from torch import Tensor
 
 from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
-from posttrain.data.audio import SAMPLE_RATE_HZ
 from posttrain.data.chat import assistant_mask, drop_tokenless_tail, render
 from posttrain.data.rows import Event
-from posttrain.model import nano
 
 OPENING_TASKS = {"grounding": 0.7, "count": 0.1, "order": 0.1, "absent": 0.1}
-DENSE_FIRST = 0.5
-DIRECT_SHARE = 0.5
-FOLLOW_UPS = 3
+# how a conversation opens: all events listed at once, a question answered after the chain of timed
+# events, or every event asked for in turn and answered at once
+OPENINGS = {"list": 0.4, "chain": 0.2, "direct": 0.4}
+FOLLOW_UPS = 2
 UNPREDICTABLE_WEIGHT = 0.05
 FRAMES_PER_S = 25
-NO_EVENT = -100
 Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the loss
 # (until step, rows of each kind): recite, pairs, spans
 CURRICULUM = ((180, (32, 0, 0)), (260, (8, 48, 0)), (math.inf, (4, 12, 24)))
@@ -102,34 +103,32 @@ class Drills:
 
 @dataclass
 class Conversations:
-    """Chats about a timeline; without a `spec` they are about imagined events, on text alone.
+    """Chats about composed timelines; `imagined` leaves the sound out and only spells it.
 
-    Half open with the request to list everything, so that the list is learned without a hint
-    from the question; the others open with a question, answered after the chain of timed events
-    or, with probability `DIRECT_SHARE`, at once. Which of the two pays is left to reinforcement
-    learning. Follow-up questions come once there is a list to look them up in.
+    Some open with the request to list everything, so that the list is learned without a hint from
+    the question; some with a question, answered after the chain of timed events; some ask for
+    every event in turn, in any order, and answer at once, which nothing in the text can help
+    with. Whether a chain pays is left to reinforcement learning.
     """
 
     processor: Any
     sounds: Sequence[Sound]
     batch_size: int
     seed: int
-    spec: TimelineSpec | None
+    spec: TimelineSpec
+    imagined: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        stage = "text" if self.spec is None else f"{self.spec.duration_s}"
-        rng = random.Random(f"posttrain/nano/{self.seed}/{stage}")
+        kind = "imagined" if self.imagined else "heard"
+        rng = random.Random(f"posttrain/nano/{self.seed}/{kind}/{self.spec.duration_s}")
         while True:
             yield self._batch([self._conversation(rng) for _ in range(self.batch_size)])
 
     def _conversation(self, rng: random.Random) -> dict[str, Any]:
         labels = [s.label for s in self.sounds]
-        if self.spec is None:
-            waveform, events = None, imagined_events(rng, labels, 6)
-        else:
-            timeline = timelines.compose(rng, self.sounds, self.spec)
-            waveform, events = timeline.waveform, timeline.events
-        turns = _opening(rng, events, labels, direct=waveform is not None)
+        timeline = timelines.compose(rng, self.sounds, self.spec)
+        events = timeline.events
+        turns = _opening(rng, events, labels)
         for _ in range(FOLLOW_UPS):
             question = timelines.ask(rng, events, labels, OPENING_TASKS)
             turns.append((question.text, question.answer))
@@ -138,69 +137,57 @@ class Conversations:
             for user, assistant in turns
             for role, content in (("user", user), ("assistant", f" {assistant}"))
         ]
-        text = render(self.processor, messages, has_audio=waveform is not None, generate=False)
-        return {"text": text, "waveform": waveform, "events": events}
+        text = render(self.processor, messages, has_audio=True, generate=False)
+        return {"text": text, "waveform": timeline.waveform, "events": events}
 
     def _batch(self, lessons: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         tokenizer = self.processor.tokenizer
-        if self.spec is None:
-            return _pad([self._weighted(lesson) for lesson in lessons], tokenizer.pad_token_id)
         waveforms = [drop_tokenless_tail(x["waveform"], self.processor) for x in lessons]
         batch = self.processor(
             text=[lesson["text"] for lesson in lessons], audio=waveforms, padding_side="right",
             return_tensors="pt",
         )  # fmt: skip
         ids_BT = batch["input_ids"]
-        return {
+        num_frames_B = (ids_BT == self.processor.audio_token_id).sum(1).tolist()
+        out = {
             "input_ids": ids_BT,
             "weights_BT": torch.stack([assistant_mask(ids, tokenizer) for ids in ids_BT]).float(),
-            "input_features": batch["input_features"],
-            "input_features_mask": batch["input_features_mask"],
-            "frame_targets_WF5": self._frame_targets(lessons, waveforms),
+            "spelled_N": torch.cat(
+                [self._spell(x["events"], n) for x, n in zip(lessons, num_frames_B, strict=True)]
+            ),
         }
+        if self.imagined:
+            return out
+        return out | {key: batch[key] for key in ("input_features", "input_features_mask")}
 
-    def _weighted(self, lesson: dict[str, Any]) -> tuple[list[int], list[float]]:
-        """Ids and weights of a text conversation: without audio its list is a random draw."""
+    def _spell(self, events: Sequence[Event], num_frames: int) -> Tensor:
+        """Every event's `name <t>a-b</t>` from the frame on at which it starts."""
         tokenizer = self.processor.tokenizer
-        text, listing = lesson["text"], timelines.describe(lesson["events"])
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        weights = assistant_mask(torch.tensor(encoded["input_ids"]), tokenizer).float().tolist()
-        start = text.index(listing) - 1
-        for i, (first, last) in enumerate(encoded["offset_mapping"]):
-            if start <= first and last <= start + 1 + len(listing):
-                weights[i] = UNPREDICTABLE_WEIGHT
-        return encoded["input_ids"], weights
-
-    def _frame_targets(self, lessons: Sequence[dict[str, Any]], waveforms: Sequence[Any]) -> Tensor:
-        index = {s.label: i + 1 for i, s in enumerate(self.sounds)}
-        frames = nano.WINDOW_S * FRAMES_PER_S
-        out = []
-        for lesson, waveform in zip(lessons, waveforms, strict=True):
-            num_windows = math.ceil(len(waveform) / SAMPLE_RATE_HZ / nano.WINDOW_S)
-            targets = torch.full((num_windows * frames, 5), NO_EVENT)
-            targets[:, 0] = 0
-            for event in lesson["events"]:
-                first, last = (round(s * FRAMES_PER_S) for s in (event.start_s, event.end_s))
-                tenths = (round(10 * s) for s in (event.start_s, event.end_s))
-                digits = [digit for tenth in tenths for digit in divmod(tenth, 10)]
-                targets[first:last] = torch.tensor([index[event.label], *digits])
-            out.append(targets.view(-1, frames, 5))
-        return torch.cat(out)
+        spelled_F = torch.full((num_frames,), tokenizer.pad_token_id)
+        for event in events:
+            text = f" {timelines.describe([event])}"
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+            rest = spelled_F[round(event.start_s * FRAMES_PER_S) :]
+            rest.fill_(tokenizer.pad_token_id)  # an overlapping event cuts the one before short
+            rest[: len(ids)] = ids[: len(rest)]
+        return spelled_F
 
 
 def _opening(
-    rng: random.Random, events: Sequence[Event], labels: Sequence[str], *, direct: bool
+    rng: random.Random, events: Sequence[Event], labels: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """The first turns, up to and with the list of all events."""
+    """The first turns: user, assistant."""
+    opening = rng.choices(list(OPENINGS), weights=list(OPENINGS.values()))[0]
     listing = timelines.describe(events)
-    dense = (timelines.DENSE_PROMPT, listing)
-    if rng.random() < DENSE_FIRST:
-        return [dense]
-    question = timelines.ask(rng, events, labels, OPENING_TASKS)
-    prompt = timelines.full_prompt(question)
-    if direct and rng.random() < DIRECT_SHARE:
-        return [(prompt, question.answer), dense]
-    return [(prompt, f"<think> {listing}</think> {question.answer}")]
+    if opening == "list":
+        return [(timelines.DENSE_PROMPT, listing)]
+    if opening == "chain":
+        question = timelines.ask(rng, events, labels, OPENING_TASKS)
+        return [(timelines.full_prompt(question), f"<think> {listing}</think> {question.answer}")]
+    present = sorted({e.label for e in events})
+    questions = [timelines.when(label, events) for label in rng.sample(present, len(present))]
+    first, *others = questions
+    return [(timelines.full_prompt(first), first.answer), *((q.text, q.answer) for q in others)]
 
 
 def imagined_events(rng: random.Random, labels: Sequence[str], most: int) -> tuple[Event, ...]:

@@ -1,11 +1,12 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
-    drills (text) -> conversations (text) -> short timelines -> long noisy ones -> checkpoint
+    drills (text) -> imagined audio -> short timelines -> long noisy ones -> checkpoint
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
-own list of timed events. The drills teach that on bare text, the conversations carry it over to
-the chat form, and the audio stages learn to hear, helped by a loss on the audio embeddings
-(`FrameHead`), thrown away afterwards. Matrices are trained with Muon
+own list of timed events. The drills teach that on bare text. Then it converses about audio that
+is spelled instead of heard: in place of audio embeddings it gets the embeddings of the tokens
+that name and time every event. What is left to the audio stages is to hear, and `frame_loss`
+asks just that of the encoder: to spell. Matrices are trained with Muon
 (https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came in about a third of
 the steps that AdamW alone took.
 
@@ -15,7 +16,6 @@ the steps that AdamW alone took.
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +33,12 @@ from data_recipes.recorded_prompts import Recordings, load_recordings
 from data_recipes.timelines import QUESTIONS, Sound, TimelineSpec, load_sounds
 from posttrain.model import nano
 from posttrain.model.load import load_model, save_checkpoint
-from posttrain.train.nano_lessons import NO_EVENT, Conversations, Drills
+from posttrain.train.nano_lessons import Conversations, Drills
 
 MAX_POSITION_SHIFT = 600
 WARM_UP_STEPS = 50
 COOL_DOWN = 0.4
+SHARPNESS = 6.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class PretrainSettings:
     """Everything that decides the weights, besides the lessons themselves.
 
     Attributes:
-        drill_steps, chat_steps, easy_steps, hard_steps: optimizer steps of the four stages.
-        text_batch_size, batch_size: conversations a step, in the text and in the audio stages.
+        drill_steps, imagined_steps, easy_steps, hard_steps: optimizer steps of the four stages.
+        batch_size: conversations a step.
         learning_rate: AdamW's peak, for embeddings, norms, biases and convolutions.
         matrix_learning_rate: Muon's peak. Both warm up over 50 steps, stay level, and fall to a
             twentieth over the last two fifths of every stage.
@@ -54,14 +55,13 @@ class PretrainSettings:
     """
 
     drill_steps: int = 420
-    chat_steps: int = 300
-    easy_steps: int = 700
+    imagined_steps: int = 200
+    easy_steps: int = 400
     hard_steps: int = 900
-    text_batch_size: int = 32
     batch_size: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 0.02
-    frame_weight: float = 1.0
+    frame_weight: float = 0.5
     seed: int = 0
 
 
@@ -82,59 +82,39 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     done = _Stages(out_dir)
     model = load_model(out_dir) if done else nano.build_model(nano.build_config(tokenizer))
     labels, seed = [s.label for s in heard], settings.seed
-    text, audio = settings.text_batch_size, settings.batch_size
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
-    chats = Conversations(processor, heard, text, seed, None)
-    easy = Conversations(processor, heard, audio, seed, EASY)
-    hard = Conversations(processor, heard, audio, seed, HARD)
+
+    def conversations(spec: TimelineSpec, imagined: bool = False) -> Conversations:
+        return Conversations(processor, heard, settings.batch_size, seed, spec, imagined)
+
     stages: dict[str, tuple[Sequence[Iterable[dict[str, Tensor]]], int]] = {
         "drills": ([drills], settings.drill_steps),
-        "chat": ([review, chats], settings.chat_steps),
-        "audio_easy": ([easy], settings.easy_steps),
-        "audio_hard": ([hard], settings.hard_steps),
+        "imagined": ([review, conversations(EASY, imagined=True)], settings.imagined_steps),
+        "audio_easy": ([conversations(EASY)], settings.easy_steps),
+        "audio_hard": ([conversations(HARD)], settings.hard_steps),
     }
-    frame_head = FrameHead(model, tokenizer, labels)
     for stage, (lessons, steps) in stages.items():
         if stage in done.names:
             continue
-        _train(model, frame_head, lessons, steps, settings, _Journal(log_path), stage)
+        _train(model, lessons, steps, settings, _Journal(log_path), stage)
         save_checkpoint(model, processor, out_dir)
         done.add(stage)
     _write_facts(out_dir, settings, recordings, heard, time.monotonic() - started)
     done.path.unlink()
 
 
-class FrameHead(nn.Module):
-    """Loss that lines audio embeddings up with the language model's own tokens.
+def frame_loss(frames_NH: Tensor, spelled_N: Tensor, table_VH: Tensor) -> Tensor:
+    """Audio embeddings should equal the embeddings of the tokens that spell what sounds.
 
-    Each frame's embedding, as the language model gets it, must pick the token of the label that
-    sounds from the embedding table, and tell linearly when its event starts and ends. So the
-    heads that the drills formed on text find names in audio as well.
+    Cross-entropy tells tokens apart; the squared distance, in units of a token's squared length,
+    holds the length: a frame much longer than a token drowns what attention adds to it.
     """
-
-    def __init__(self, model: Any, tokenizer: Any, labels: Sequence[str]) -> None:
-        super().__init__()
-        tokens = [tokenizer(f" {x}", add_special_tokens=False)["input_ids"][0] for x in labels]
-        self.register_buffer("label_tokens", torch.tensor(tokens))
-        self.table = [model.get_input_embeddings()]  # in a list: not a parameter of this head
-        seconds = math.ceil(max(EASY.duration_s[1], HARD.duration_s[1])) + 1
-        self.sizes = [seconds, 10, seconds, 10]
-        self.silence = nn.Parameter(torch.zeros(()))
-        self.times = nn.Linear(model.config.text_config.hidden_size, sum(self.sizes))
-
-    def forward(self, frames_NH: Tensor, targets_N5: Tensor) -> Tensor:
-        """Cross-entropy over frames: of the label, plus the mean over the four time digits."""
-        labels_LH = self.table[0].weight[self.label_tokens].detach()
-        scores_NL = frames_NH @ nn.functional.normalize(labels_LH, dim=-1).T
-        silence_N1 = self.silence.expand(len(frames_NH), 1)
-        loss = nn.functional.cross_entropy(
-            torch.cat([silence_N1, scores_NL.float()], dim=1), targets_N5[:, 0]
-        )
-        digits = self.times(frames_NH).float().split(self.sizes, dim=1)
-        for logits, target_N in zip(digits, targets_N5[:, 1:].unbind(1), strict=True):
-            loss = loss + nn.functional.cross_entropy(logits, target_N, ignore_index=NO_EVENT) / 4
-        return loss
+    frames_NH, table_VH = frames_NH.float(), table_VH.detach().float()
+    squared_V = table_VH.square().sum(-1)
+    scores_NV = SHARPNESS / squared_V.mean() * (2 * frames_NH @ table_VH.T - squared_V)
+    distance = (frames_NH - table_VH[spelled_N]).square().sum(-1).mean() / squared_V.mean()
+    return nn.functional.cross_entropy(scores_NV, spelled_N) + distance
 
 
 class _Stages:
@@ -176,12 +156,10 @@ class _Journal:
 
 
 def _train(
-    model: nn.Module, frame_head: FrameHead, lessons: Sequence[Iterable[dict[str, Tensor]]],
-    steps: int,
+    model: nn.Module, lessons: Sequence[Iterable[dict[str, Tensor]]], steps: int,
     settings: PretrainSettings, journal: _Journal, stage: str,
 ) -> None:  # fmt: skip
-    parameters = [*model.parameters(), *frame_head.parameters()]
-    optimizers = _optimizers(model, parameters, settings)
+    optimizers = _optimizers(model, settings)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
         for optimizer in optimizers
@@ -195,22 +173,19 @@ def _train(
             for stream in streams:
                 batch = next(stream)
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss, metrics = _loss(model, frame_head, batch, settings, rng)
+                    loss, metrics = _loss(model, batch, settings, rng)
                 loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
             model.zero_grad(set_to_none=True)
-            frame_head.zero_grad(set_to_none=True)
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items()})
                 journal.write({"stage": stage, "step": step, **metrics})
 
 
-def _optimizers(
-    model: nn.Module, parameters: Sequence[nn.Parameter], settings: PretrainSettings
-) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, settings: PretrainSettings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between embeddings and heads, AdamW for everything else."""
     outer = ("embed", "lm_head")
     matrices = [
@@ -218,7 +193,7 @@ def _optimizers(
         if p.ndim == 2 and not any(part in name for part in outer)
     ]  # fmt: skip
     chosen = set(map(id, matrices))
-    others = [p for p in parameters if id(p) not in chosen]
+    others = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=settings.matrix_learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
@@ -232,26 +207,25 @@ def _lr_factor(step: int, steps: int) -> float:
 
 
 def _loss(
-    model: Any, frame_head: FrameHead, batch: dict[str, Tensor],
-    settings: PretrainSettings, rng: torch.Generator,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    model: Any, batch: dict[str, Tensor], settings: PretrainSettings, rng: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of the answers, plus that of the audio embeddings where there is audio."""
     ids_BT, weights_BT = batch["input_ids"], batch["weights_BT"]
-    embeds_BTH = model.get_input_embeddings()(ids_BT)
-    frame_loss = ids_BT.new_zeros((), dtype=torch.float32)
+    table = model.get_input_embeddings()
+    embeds_BTH = table(ids_BT)
+    metrics: dict[str, float] = {}
+    audio_loss = torch.zeros(())
     positions = torch.arange(ids_BT.shape[1])
-    has_audio = "input_features" in batch
-    if has_audio:
-        audio = model.get_audio_features(
-            batch["input_features"], batch["input_features_mask"], input_ids=ids_BT
-        )
-        mask = (ids_BT == model.config.audio_token_id).unsqueeze(-1)
-        embeds_BTH = embeds_BTH.masked_scatter(mask, audio.pooler_output.to(embeds_BTH.dtype))
-        _, num_frames_W = model.model.audio_tower._get_feat_extract_output_lengths(
-            batch["input_features_mask"].sum(-1)
-        )
-        targets_WF5 = batch["frame_targets_WF5"]
-        heard_WF = torch.arange(targets_WF5.shape[1]) < num_frames_W.unsqueeze(1)
-        frame_loss = frame_head(audio.pooler_output, targets_WF5[heard_WF])
+    if "spelled_N" in batch:
+        frames_NH = table(batch["spelled_N"])  # what a perfect ear would hand on
+        if "input_features" in batch:
+            frames_NH = model.get_audio_features(
+                batch["input_features"], batch["input_features_mask"], input_ids=ids_BT
+            ).pooler_output
+            audio_loss = frame_loss(frames_NH, batch["spelled_N"], table.weight)
+            metrics["frame_loss"] = audio_loss.item()
+        mask_BT1 = (ids_BT == model.config.audio_token_id).unsqueeze(-1)
+        embeds_BTH = embeds_BTH.masked_scatter(mask_BT1, frames_NH.to(embeds_BTH.dtype))
     else:
         positions = positions + torch.randint(MAX_POSITION_SHIFT, (1,), generator=rng)
     hidden = model.model.language_model(
@@ -263,10 +237,8 @@ def _loss(
     )
     weights = weights_BT[:, 1:][chosen]
     text_loss = (token_loss * weights).sum() / weights.sum()
-    metrics = {"loss": text_loss.item()}
-    if has_audio:
-        metrics["frame_loss"] = frame_loss.item()
-    return text_loss + settings.frame_weight * frame_loss, metrics
+    metrics["loss"] = text_loss.item()
+    return text_loss + settings.frame_weight * audio_loss, metrics
 
 
 def _write_facts(

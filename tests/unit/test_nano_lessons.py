@@ -14,7 +14,7 @@ from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
 from posttrain.data.rows import Event, Row
 from posttrain.train.nano_card import succeeds
-from posttrain.train.nano_lessons import NO_EVENT, Conversations, Drills, imagined_events
+from posttrain.train.nano_lessons import OPENINGS, Conversations, Drills, imagined_events
 from posttrain.types import Completion, Task
 
 WORDS = (
@@ -59,42 +59,43 @@ def test_later_drills_are_spans(processor: Any) -> None:
     assert (spans["input_ids"] == tag).any(dim=1).sum() == 24
 
 
-def test_text_conversations_discount_the_list_that_nobody_can_hear(processor: Any) -> None:
-    lessons = Conversations(processor, SOUNDS, 8, 0, None)
-    batch = next(iter(lessons))
-    for row in range(8):
-        text = processor.tokenizer.decode(batch["input_ids"][row])
-        low = weighted_text(processor, batch, row, 0.05)
-        assert low.strip() in text and low.count("<t>") == low.count("</t>") >= 2
-        assert "<t>" not in weighted_text(processor, batch, row, 0.0)
+def test_conversations_open_with_a_list_a_chain_or_direct_answers(processor: Any) -> None:
+    spec = TimelineSpec(duration_s=(3.0, 4.0), num_events=(2, 3))
+    batch = next(iter(Conversations(processor, SOUNDS, 64, 0, spec)))
+    texts = [processor.tokenizer.decode(ids) for ids in batch["input_ids"]]
+    listed = [t for t in texts if timelines.DENSE_PROMPT in t]
+    chained = [t for t in texts if "<think>" in t]
+    direct = [t for t in texts if timelines.THINK_PROMPT in t and "<think>" not in t]
+    assert len(listed) + len(chained) + len(direct) == 64
+    assert all(0.5 * OPENINGS[kind] <= len(some) / 64 <= 1.6 * OPENINGS[kind] for kind, some in
+               {"list": listed, "chain": chained, "direct": direct}.items())  # fmt: skip
     answers = weighted_text(processor, batch, 0, 1.0)
     assert "<|im_end|>" in answers and "user" not in answers
 
 
-def test_audio_conversations_answer_with_and_without_a_chain(processor: Any) -> None:
-    spec = TimelineSpec(duration_s=(3.0, 4.0), num_events=(2, 3))
-    lessons = Conversations(processor, SOUNDS, 64, 0, spec)
-    batch = next(iter(lessons))
-    texts = [processor.tokenizer.decode(ids) for ids in batch["input_ids"]]
-    asked = [t for t in texts if timelines.THINK_PROMPT in t]
-    thinking = [t for t in asked if "<think>" in t]
-    assert 0.3 <= len(asked) / 64 <= 0.7
-    assert 0.25 <= len(thinking) / len(asked) <= 0.75
-    assert all(timelines.DENSE_PROMPT in t for t in set(asked) - set(thinking))
-
-
-def test_frame_labels_lie_where_the_events_are(processor: Any) -> None:
+@pytest.mark.parametrize("imagined", [False, True])
+def test_audio_spells_its_events_from_where_they_start(processor: Any, imagined: bool) -> None:
     spec = TimelineSpec(duration_s=(11.0, 12.0), num_events=(2, 2))
-    lessons = Conversations(processor, SOUNDS, 1, 0, spec)
+    lessons = Conversations(processor, SOUNDS, 1, 0, spec, imagined)
     lesson = lessons._conversation(random.Random(3))
-    targets = lessons._batch([lesson])["frame_targets_WF5"]
-    assert targets.shape == (2, 250, 5), "two windows of 10 s, 40 ms a frame"
+    batch = lessons._batch([lesson])
+    tokenizer, spelled_N = processor.tokenizer, batch["spelled_N"]
+    assert len(spelled_N) == (batch["input_ids"] == processor.audio_token_id).sum()
+    assert ("input_features" in batch) is not imagined
+    heard = tokenizer.decode(spelled_N, skip_special_tokens=True)
+    assert heard.split() == timelines.describe(lesson["events"]).replace(" <t>", "<t>").split()
     for event in lesson["events"]:
-        middle = round((event.start_s + event.end_s) / 2 * 25)
-        label, *digits = targets.flatten(0, 1)[middle].tolist()
-        assert LABELS[label - 1] == event.label
-        assert "{}.{}-{}.{}".format(*digits) == f"{event.start_s:.1f}-{event.end_s:.1f}"
-    assert (targets[..., 0] == 0).any() and (targets[..., 1] == NO_EVENT).any()
+        first = round(event.start_s * 25)
+        assert tokenizer.decode(spelled_N[first]).strip() == event.label
+        assert spelled_N[first - 1] == tokenizer.pad_token_id, "silence before"
+
+
+def test_an_overlapping_event_cuts_the_one_before_short(processor: Any) -> None:
+    """`may <t>1.0-1.6</t>` is ten tokens from frame 25; `six` starts five frames later."""
+    lessons = Conversations(processor, SOUNDS, 1, 0, TimelineSpec())
+    events = (Event(1.0, 1.6, "may"), Event(1.2, 1.5, "six"))
+    spelled = processor.tokenizer.decode(lessons._spell(events, 60), skip_special_tokens=True)
+    assert spelled.replace(" ", "") == "may<t>1.0six<t>1.2-1.5</t>"
 
 
 def test_imagined_events_are_in_order_of_start() -> None:

@@ -130,11 +130,11 @@ def _card(facts: dict, scores: dict) -> str:
         f"{facts['provenance']}). Compositions, not clips, are held out; "
         "questions about clips never heard are scored beside them and gate nothing.", "",
         f"**Training.** `posttrain nano build`, seed {facts['settings']['seed']}: "
-        f"{facts['settings']['drill_steps']} steps of look-up drills and "
+        f"{facts['settings']['drill_steps']} steps of look-up drills on text, "
         f"{facts['settings']['imagined_steps']} of conversations about audio that is spelled "
-        "instead of heard, then "
-        f"{facts['settings']['easy_steps']} on short clean timelines and "
-        f"{facts['settings']['hard_steps']} on long noisy ones, "
+        f"instead of heard, {facts['settings']['ear_easy_steps']} and "
+        f"{facts['settings']['ear_hard_steps']} of the encoder alone on short clean and on long "
+        f"noisy timelines, {facts['settings']['audio_steps']} of everything together, "
         f"{facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
         "that asks for reasoning is answered after a chain of timed events in some audio lessons "
         "and at once in others: reinforcement learning is left to find out which of the two pays.",

@@ -161,14 +161,18 @@ class Conversations:
         return out | {key: batch[key] for key in ("input_features", "input_features_mask")}
 
     def _spell(self, events: Sequence[Event], num_frames: int) -> Tensor:
-        """Every event's `name <t>a-b</t>` from the frame on at which it starts."""
-        tokenizer = self.processor.tokenizer
-        spelled_F = torch.full((num_frames,), tokenizer.pad_token_id)
+        """Every event's `name <t>a-b</t>` from the frame on at which it starts.
+
+        Silence is the audio token itself: its own embedding is never used otherwise.
+        """
+        silence = self.processor.audio_token_id
+        spelled_F = torch.full((num_frames,), silence)
         for event in events:
             text = f" {timelines.describe([event])}"
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+            encoded = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            ids = encoded["input_ids"][0]
             rest = spelled_F[round(event.start_s * FRAMES_PER_S) :]
-            rest.fill_(tokenizer.pad_token_id)  # an overlapping event cuts the one before short
+            rest.fill_(silence)  # an overlapping event cuts the one before short
             rest[: len(ids)] = ids[: len(rest)]
         return spelled_F
 

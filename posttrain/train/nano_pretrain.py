@@ -1,14 +1,14 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
-    drills (text) -> imagined audio -> short timelines -> long noisy ones -> checkpoint
+    drills (text) -> imagined audio -> ear alone, short then long noisy timelines -> audio
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
 own list of timed events. The drills teach that on bare text. Then it converses about audio that
 is spelled instead of heard: in place of audio embeddings it gets the embeddings of the tokens
-that name and time every event. What is left to the audio stages is to hear, and `frame_loss`
-asks just that of the encoder: to spell. Matrices are trained with Muon
-(https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came in about a third of
-the steps that AdamW alone took.
+that name and time every event. Then the encoder alone learns to spell what it hears
+(`frame_loss`, at a third of a full step's cost), and at last both go on together. Matrices are
+trained with Muon (https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came
+in about a third of the steps that AdamW alone took.
 
     posttrain nano build --out checkpoints/af-next-nano        # about an hour on 2 cores
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,22 +46,22 @@ class PretrainSettings:
     """Everything that decides the weights, besides the lessons themselves.
 
     Attributes:
-        drill_steps, imagined_steps, easy_steps, hard_steps: optimizer steps of the four stages.
+        drill_steps, imagined_steps, ear_easy_steps, ear_hard_steps, audio_steps: optimizer steps
+            of the stages.
         batch_size: conversations a step.
         learning_rate: AdamW's peak, for embeddings, norms, biases and convolutions.
         matrix_learning_rate: Muon's peak. Both warm up over 50 steps, stay level, and fall to a
             twentieth over the last two fifths of every stage.
-        frame_weight: weight of the frame loss.
     """
 
     drill_steps: int = 420
     imagined_steps: int = 200
-    easy_steps: int = 400
-    hard_steps: int = 900
+    ear_easy_steps: int = 1_000
+    ear_hard_steps: int = 800
+    audio_steps: int = 300
     batch_size: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 0.02
-    frame_weight: float = 0.5
     seed: int = 0
 
 
@@ -85,23 +85,86 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
 
-    def conversations(spec: TimelineSpec, imagined: bool = False) -> Conversations:
+    def chats(spec: TimelineSpec, imagined: bool = False) -> Conversations:
         return Conversations(processor, heard, settings.batch_size, seed, spec, imagined)
 
-    stages: dict[str, tuple[Sequence[Iterable[dict[str, Tensor]]], int]] = {
-        "drills": ([drills], settings.drill_steps),
-        "imagined": ([review, conversations(EASY, imagined=True)], settings.imagined_steps),
-        "audio_easy": ([conversations(EASY)], settings.easy_steps),
-        "audio_hard": ([conversations(HARD)], settings.hard_steps),
-    }
-    for stage, (lessons, steps) in stages.items():
-        if stage in done.names:
-            continue
-        _train(model, lessons, steps, settings, _Journal(log_path), stage)
-        save_checkpoint(model, processor, out_dir)
-        done.add(stage)
+    stages = [
+        Stage("drills", settings.drill_steps, [drills], answer_loss),
+        Stage(
+            "imagined", settings.imagined_steps, [review, chats(EASY, imagined=True)], answer_loss
+        ),
+        Stage("ear_easy", settings.ear_easy_steps, [chats(EASY)], ear_loss),
+        Stage("ear_hard", settings.ear_hard_steps, [chats(HARD)], ear_loss),
+        Stage("audio", settings.audio_steps, [chats(HARD)], heard_loss),
+    ]
+    for stage in stages:
+        if stage.name not in done.names:
+            _train(model, stage, settings, _Journal(log_path))
+            save_checkpoint(model, processor, out_dir)
+            done.add(stage.name)
     _write_facts(out_dir, settings, recordings, heard, time.monotonic() - started)
     done.path.unlink()
+
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` optimizer steps on the sum of all losses, over one batch of every lesson."""
+
+    name: str
+    steps: int
+    lessons: Sequence[Iterable[dict[str, Tensor]]]
+    losses: Callable[[Any, dict[str, Tensor]], Losses]
+
+
+def answer_loss(model: Any, batch: dict[str, Tensor], frames_NH: Tensor | None = None) -> Losses:
+    """Weighted cross-entropy of the answers.
+
+    Args:
+        frames_NH: audio embeddings; by default those of the tokens that spell the events, which
+            is what a perfect ear would hand on.
+    """
+    ids_BT, weights_BT = batch["input_ids"], batch["weights_BT"]
+    table = model.get_input_embeddings()
+    embeds_BTH = table(ids_BT)
+    positions = torch.arange(ids_BT.shape[1])
+    if "spelled_N" in batch:
+        frames_NH = table(batch["spelled_N"]) if frames_NH is None else frames_NH
+        mask_BT1 = (ids_BT == model.config.audio_token_id).unsqueeze(-1)
+        embeds_BTH = embeds_BTH.masked_scatter(mask_BT1, frames_NH.to(embeds_BTH.dtype))
+    else:
+        positions = positions + torch.randint(MAX_POSITION_SHIFT, (1,))
+    hidden = model.model.language_model(
+        inputs_embeds=embeds_BTH, position_ids=positions.expand_as(ids_BT), use_cache=False
+    ).last_hidden_state[:, :-1]
+    chosen = weights_BT[:, 1:] > 0
+    token_loss = nn.functional.cross_entropy(
+        model.lm_head(hidden[chosen]), ids_BT[:, 1:][chosen], reduction="none"
+    )
+    weights = weights_BT[:, 1:][chosen]
+    return {"loss": (token_loss * weights).sum() / weights.sum()}
+
+
+def ear_loss(model: Any, batch: dict[str, Tensor]) -> Losses:
+    """Of the encoder and the projector alone."""
+    table_VH = model.get_input_embeddings().weight
+    return {"frame_loss": frame_loss(_hear(model, batch), batch["spelled_N"], table_VH)}
+
+
+def heard_loss(model: Any, batch: dict[str, Tensor]) -> Losses:
+    """Answers about what was really heard; the frames stay tied to their tokens."""
+    frames_NH, table_VH = _hear(model, batch), model.get_input_embeddings().weight
+    return {
+        "frame_loss": frame_loss(frames_NH, batch["spelled_N"], table_VH),
+        **answer_loss(model, batch, frames_NH),
+    }
+
+
+def _hear(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    features, mask = batch["input_features"], batch["input_features_mask"]
+    return model.get_audio_features(features, mask, input_ids=batch["input_ids"]).pooler_output
 
 
 def frame_loss(frames_NH: Tensor, spelled_N: Tensor, table_VH: Tensor) -> Tensor:
@@ -155,26 +218,24 @@ class _Journal:
                 out.write(json.dumps(record) + "\n")
 
 
-def _train(
-    model: nn.Module, lessons: Sequence[Iterable[dict[str, Tensor]]], steps: int,
-    settings: PretrainSettings, journal: _Journal, stage: str,
-) -> None:  # fmt: skip
+def _train(model: nn.Module, stage: Stage, settings: PretrainSettings, journal: _Journal) -> None:
+    torch.manual_seed(settings.seed)
     optimizers = _optimizers(model, settings)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps))
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, stage.steps))
         for optimizer in optimizers
     ]
-    rng = torch.Generator().manual_seed(settings.seed)
-    streams = [iter(lesson) for lesson in lessons]
+    streams = [iter(lesson) for lesson in stage.lessons]
     model.train()
-    with tqdm(range(steps), desc=f"nano {stage}") as bar:
+    with tqdm(range(stage.steps), desc=f"nano {stage.name}") as bar:
         for step in bar:
             metrics: dict[str, float] = {}
             for stream in streams:
                 batch = next(stream)
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss, metrics = _loss(model, batch, settings, rng)
-                loss.backward()
+                    losses = stage.losses(model, batch)
+                sum(losses.values(), start=torch.zeros(())).backward()
+                metrics |= {name: loss.item() for name, loss in losses.items()}
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
@@ -182,7 +243,7 @@ def _train(
             model.zero_grad(set_to_none=True)
             if step % 20 == 0:
                 bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items()})
-                journal.write({"stage": stage, "step": step, **metrics})
+                journal.write({"stage": stage.name, "step": step, **metrics})
 
 
 def _optimizers(model: nn.Module, settings: PretrainSettings) -> list[torch.optim.Optimizer]:
@@ -204,41 +265,6 @@ def _lr_factor(step: int, steps: int) -> float:
     """Linear warm-up, level, then a linear fall to a twentieth over the last `COOL_DOWN`."""
     warm = min(1.0, (step + 1) / WARM_UP_STEPS)
     return warm * max(0.05, min(1.0, (1 - step / steps) / COOL_DOWN))
-
-
-def _loss(
-    model: Any, batch: dict[str, Tensor], settings: PretrainSettings, rng: torch.Generator
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of the answers, plus that of the audio embeddings where there is audio."""
-    ids_BT, weights_BT = batch["input_ids"], batch["weights_BT"]
-    table = model.get_input_embeddings()
-    embeds_BTH = table(ids_BT)
-    metrics: dict[str, float] = {}
-    audio_loss = torch.zeros(())
-    positions = torch.arange(ids_BT.shape[1])
-    if "spelled_N" in batch:
-        frames_NH = table(batch["spelled_N"])  # what a perfect ear would hand on
-        if "input_features" in batch:
-            frames_NH = model.get_audio_features(
-                batch["input_features"], batch["input_features_mask"], input_ids=ids_BT
-            ).pooler_output
-            audio_loss = frame_loss(frames_NH, batch["spelled_N"], table.weight)
-            metrics["frame_loss"] = audio_loss.item()
-        mask_BT1 = (ids_BT == model.config.audio_token_id).unsqueeze(-1)
-        embeds_BTH = embeds_BTH.masked_scatter(mask_BT1, frames_NH.to(embeds_BTH.dtype))
-    else:
-        positions = positions + torch.randint(MAX_POSITION_SHIFT, (1,), generator=rng)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds_BTH, position_ids=positions.expand_as(ids_BT), use_cache=False
-    ).last_hidden_state[:, :-1]
-    chosen = weights_BT[:, 1:] > 0
-    token_loss = nn.functional.cross_entropy(
-        model.lm_head(hidden[chosen]), ids_BT[:, 1:][chosen], reduction="none"
-    )
-    weights = weights_BT[:, 1:][chosen]
-    text_loss = (token_loss * weights).sum() / weights.sum()
-    metrics["loss"] = text_loss.item()
-    return text_loss + settings.frame_weight * audio_loss, metrics
 
 
 def _write_facts(

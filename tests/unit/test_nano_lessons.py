@@ -87,7 +87,7 @@ def test_audio_spells_its_events_from_where_they_start(processor: Any, imagined:
     for event in lesson["events"]:
         first = round(event.start_s * 25)
         assert tokenizer.decode(spelled_N[first]).strip() == event.label
-        assert spelled_N[first - 1] == tokenizer.pad_token_id, "silence before"
+        assert spelled_N[first - 1] == processor.audio_token_id, "silence before"
 
 
 def test_an_overlapping_event_cuts_the_one_before_short(processor: Any) -> None:

@@ -9,7 +9,6 @@ ranks first, so the step's gradient is that of the undivided batch.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from posttrain.data.rows import Row
 from posttrain.model.load import audio_limit_s, load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
 from posttrain.model.policy import GroupTensors, Policy, freeze_audio
-from posttrain.rollout.rendezvous import meeting_point, open_store
+from posttrain.rollout.rendezvous import meeting_point
 from posttrain.schema import Recipe
 from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.optimizer_state import load_rank_state, save_rank_state
+from posttrain.train.process_group import join_process_group
 from posttrain.train.schedule import lr_factor
 from posttrain.train.weights import LearnerWeights, full_weights, gathered
 from posttrain.types import Group
@@ -58,7 +58,7 @@ class LearnerRank:
     ) -> None:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-        _join(rank, world_size, address, port, device)
+        join_process_group(rank, world_size, address, port, device)
         if recipe.learner.threads_per_process:
             torch.set_num_threads(recipe.learner.threads_per_process)
         torch.manual_seed(recipe.seed + rank)
@@ -369,23 +369,6 @@ class LearnerRank:
 
     def meeting_point(self) -> tuple[str, int]:
         return meeting_point()
-
-
-def _join(rank: int, world_size: int, address: str, port: int, device: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": str(rank),
-        "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0",
-    }  # fmt: skip
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    # the shared-memory collective is compiled at start and needs a compiler; gloo does the work
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device == "cuda" else "gloo"
-    store = open_store(address, port, rank, world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def _engine_difference(

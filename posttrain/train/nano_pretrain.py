@@ -19,7 +19,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class PretrainSettings:
 
 
 EASY = TimelineSpec(duration_s=(5.0, 10.0), num_events=(2, 5))
-HARD = quickstart.SPEC
+HARD = replace(quickstart.SPEC, repeat_probability=0.15)
 
 
 def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None = None) -> None:

@@ -136,8 +136,9 @@ def _card(facts: dict, scores: dict) -> str:
         f"{facts['settings']['ear_hard_steps']} of the encoder alone on short clean and on long "
         f"noisy timelines, {facts['settings']['audio_steps']} of everything together, "
         f"{facts['train_s'] / 60:.0f} minutes on 2 CPU cores. A question "
-        "that asks for reasoning is answered after a chain of timed events in some audio lessons "
-        "and at once in others: reinforcement learning is left to find out which of the two pays.",
+        "that asks for reasoning is mostly answered hastily, at once and with the first time "
+        "only, and now and then after a chain of timed events, with all times: that thinking "
+        "pays is left to reinforcement learning to find out.",
         "",
         "**Scores.** Free-running generation on new compositions; success is IoU >= 0.5 for spans "
         "(in a list only under the right name) and the exact answer otherwise; 95 % bootstrap "

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,9 +28,8 @@ from posttrain.data.chat import assistant_mask, drop_tokenless_tail, render
 from posttrain.data.rows import Event
 
 OPENING_TASKS = {"grounding": 0.7, "count": 0.1, "order": 0.1, "absent": 0.1}
-# how a conversation opens: all events listed at once, a question answered after the chain of timed
-# events, or every event asked for in turn and answered at once
-OPENINGS = {"list": 0.4, "chain": 0.2, "direct": 0.4}
+LESSONS = {"list": 0.4, "chain": 0.2, "direct": 0.4}
+HABITS = {"list": 0.5, "chain": 0.15, "hasty": 0.35}
 FOLLOW_UPS = 2
 UNPREDICTABLE_WEIGHT = 0.05
 FRAMES_PER_S = 25
@@ -105,10 +104,16 @@ class Drills:
 class Conversations:
     """Chats about composed timelines; `imagined` leaves the sound out and only spells it.
 
-    Some open with the request to list everything, so that the list is learned without a hint from
-    the question; some with a question, answered after the chain of timed events; some ask for
-    every event in turn, in any order, and answer at once, which nothing in the text can help
-    with. Whether a chain pays is left to reinforcement learning.
+    How they open is drawn from `openings`:
+
+        list    all events, asked for without a hint of which will matter
+        chain   a question, answered after the chain of timed events
+        direct  every event asked for in turn, in any order, and answered at once, which nothing
+                in the text can help with
+        hasty   a question, answered at once and with the first time only; then the list
+
+    In `LESSONS` direct answers teach to look up what was heard. In `HABITS` thinking is the
+    exception, and better: that it pays is left to reinforcement learning to find out.
     """
 
     processor: Any
@@ -116,6 +121,7 @@ class Conversations:
     batch_size: int
     seed: int
     spec: TimelineSpec
+    openings: Mapping[str, float] = field(default_factory=lambda: LESSONS)
     imagined: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -128,7 +134,7 @@ class Conversations:
         labels = [s.label for s in self.sounds]
         timeline = timelines.compose(rng, self.sounds, self.spec)
         events = timeline.events
-        turns = _opening(rng, events, labels)
+        turns = _opening(rng, events, labels, self.openings)
         for _ in range(FOLLOW_UPS):
             question = timelines.ask(rng, events, labels, OPENING_TASKS)
             turns.append((question.text, question.answer))
@@ -178,13 +184,19 @@ class Conversations:
 
 
 def _opening(
-    rng: random.Random, events: Sequence[Event], labels: Sequence[str]
-) -> list[tuple[str, str]]:
+    rng: random.Random, events: Sequence[Event], labels: Sequence[str],
+    openings: Mapping[str, float],
+) -> list[tuple[str, str]]:  # fmt: skip
     """The first turns: user, assistant."""
-    opening = rng.choices(list(OPENINGS), weights=list(OPENINGS.values()))[0]
+    opening = rng.choices(list(openings), weights=list(openings.values()))[0]
     listing = timelines.describe(events)
+    dense = (timelines.DENSE_PROMPT, listing)
     if opening == "list":
-        return [(timelines.DENSE_PROMPT, listing)]
+        return [dense]
+    if opening == "hasty":
+        question = timelines.ask_grounding(rng, events, labels)
+        first = next(e for e in events if e.label == question.query)
+        return [(timelines.full_prompt(question), timelines.describe([first])), dense]
     if opening == "chain":
         question = timelines.ask(rng, events, labels, OPENING_TASKS)
         return [(timelines.full_prompt(question), f"<think> {listing}</think> {question.answer}")]

@@ -33,7 +33,7 @@ from data_recipes.recorded_prompts import Recordings, load_recordings
 from data_recipes.timelines import QUESTIONS, Sound, TimelineSpec, load_sounds
 from posttrain.model import nano
 from posttrain.model.load import load_model, save_checkpoint
-from posttrain.train.nano_lessons import Conversations, Drills
+from posttrain.train.nano_lessons import HABITS, Conversations, Drills
 
 MAX_POSITION_SHIFT = 600
 WARM_UP_STEPS = 50
@@ -85,17 +85,16 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
 
-    def chats(spec: TimelineSpec, imagined: bool = False) -> Conversations:
-        return Conversations(processor, heard, settings.batch_size, seed, spec, imagined)
+    def chats(spec: TimelineSpec, **more: Any) -> Conversations:
+        return Conversations(processor, heard, settings.batch_size, seed, spec, **more)
 
+    spelled, habits = chats(EASY, imagined=True), chats(quickstart.SPEC, openings=HABITS)
     stages = [
         Stage("drills", settings.drill_steps, [drills], answer_loss),
-        Stage(
-            "imagined", settings.imagined_steps, [review, chats(EASY, imagined=True)], answer_loss
-        ),
+        Stage("imagined", settings.imagined_steps, [review, spelled], answer_loss),
         Stage("ear_easy", settings.ear_easy_steps, [chats(EASY)], ear_loss),
         Stage("ear_hard", settings.ear_hard_steps, [chats(HARD)], ear_loss),
-        Stage("audio", settings.audio_steps, [chats(HARD)], heard_loss),
+        Stage("audio", settings.audio_steps, [habits], heard_loss, rate=0.4),
     ]
     for stage in stages:
         if stage.name not in done.names:
@@ -111,12 +110,17 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` optimizer steps on the sum of all losses, over one batch of every lesson."""
+    """`steps` optimizer steps on the sum of all losses, over one batch of every lesson.
+
+    Attributes:
+        rate: of both learning rates, against the settings.
+    """
 
     name: str
     steps: int
     lessons: Sequence[Iterable[dict[str, Tensor]]]
     losses: Callable[[Any, dict[str, Tensor]], Losses]
+    rate: float = 1.0
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor], frames_NH: Tensor | None = None) -> Losses:
@@ -222,7 +226,9 @@ def _train(model: nn.Module, stage: Stage, settings: PretrainSettings, journal: 
     torch.manual_seed(settings.seed)
     optimizers = _optimizers(model, settings)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, stage.steps))
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: stage.rate * _lr_factor(step, stage.steps)
+        )
         for optimizer in optimizers
     ]
     streams = [iter(lesson) for lesson in stage.lessons]
@@ -261,10 +267,10 @@ def _optimizers(model: nn.Module, settings: PretrainSettings) -> list[torch.opti
     ]
 
 
-def _lr_factor(step: int, steps: int) -> float:
+def _lr_factor(step: int, stage: Stage) -> float:
     """Linear warm-up, level, then a linear fall to a twentieth over the last `COOL_DOWN`."""
     warm = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return warm * max(0.05, min(1.0, (1 - step / steps) / COOL_DOWN))
+    return stage.rate * warm * max(0.05, min(1.0, (1 - step / stage.steps) / COOL_DOWN))
 
 
 def _write_facts(

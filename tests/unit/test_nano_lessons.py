@@ -14,7 +14,7 @@ from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
 from posttrain.data.rows import Event, Row
 from posttrain.train.nano_card import succeeds
-from posttrain.train.nano_lessons import OPENINGS, Conversations, Drills, imagined_events
+from posttrain.train.nano_lessons import HABITS, LESSONS, Conversations, Drills, imagined_events
 from posttrain.types import Completion, Task
 
 WORDS = (
@@ -59,24 +59,36 @@ def test_later_drills_are_spans(processor: Any) -> None:
     assert (spans["input_ids"] == tag).any(dim=1).sum() == 24
 
 
-def test_conversations_open_with_a_list_a_chain_or_direct_answers(processor: Any) -> None:
+@pytest.mark.parametrize("openings", [LESSONS, HABITS])
+def test_conversations_open_in_the_proportions_asked_for(
+    processor: Any, openings: dict[str, float]
+) -> None:
     spec = TimelineSpec(duration_s=(3.0, 4.0), num_events=(2, 3))
-    batch = next(iter(Conversations(processor, SOUNDS, 64, 0, spec)))
+    batch = next(iter(Conversations(processor, SOUNDS, 64, 0, spec, openings)))
     texts = [processor.tokenizer.decode(ids) for ids in batch["input_ids"]]
-    listed = [t for t in texts if timelines.DENSE_PROMPT in t]
     chained = [t for t in texts if "<think>" in t]
-    direct = [t for t in texts if timelines.THINK_PROMPT in t and "<think>" not in t]
-    assert len(listed) + len(chained) + len(direct) == 64
-    assert all(0.5 * OPENINGS[kind] <= len(some) / 64 <= 1.6 * OPENINGS[kind] for kind, some in
-               {"list": listed, "chain": chained, "direct": direct}.items())  # fmt: skip
+    at_once = [t for t in texts if timelines.THINK_PROMPT in t and "<think>" not in t]
+    listed = [t for t in texts if timelines.DENSE_PROMPT in t and timelines.THINK_PROMPT not in t]
+    assert len(listed) + len(chained) + len(at_once) == 64
+    for kind, some in zip(openings, (listed, chained, at_once), strict=True):
+        assert 0.5 * openings[kind] <= len(some) / 64 <= 1.6 * openings[kind]
     answers = weighted_text(processor, batch, 0, 1.0)
     assert "<|im_end|>" in answers and "user" not in answers
+
+
+def test_hasty_answers_give_the_first_time_only(processor: Any) -> None:
+    spec = TimelineSpec(duration_s=(6.0, 7.0), num_events=(3, 3), repeat_probability=1.0)
+    lessons = Conversations(processor, SOUNDS, 1, 0, spec, {"hasty": 1.0})
+    lesson = lessons._conversation(random.Random(1))
+    first = lesson["text"].partition("assistant\n")[2].partition("<|im_end|>")[0]
+    assert first == f" {timelines.describe(lesson['events'][:1])}"
+    assert timelines.describe(lesson["events"]) in lesson["text"]
 
 
 @pytest.mark.parametrize("imagined", [False, True])
 def test_audio_spells_its_events_from_where_they_start(processor: Any, imagined: bool) -> None:
     spec = TimelineSpec(duration_s=(11.0, 12.0), num_events=(2, 2))
-    lessons = Conversations(processor, SOUNDS, 1, 0, spec, imagined)
+    lessons = Conversations(processor, SOUNDS, 1, 0, spec, imagined=imagined)
     lesson = lessons._conversation(random.Random(3))
     batch = lessons._batch([lesson])
     tokenizer, spelled_N = processor.tokenizer, batch["spelled_N"]

@@ -195,8 +195,8 @@ def _opening(
         return [dense]
     if opening == "hasty":
         question = timelines.ask_grounding(rng, events, labels)
-        first = next(e for e in events if e.label == question.query)
-        return [(timelines.full_prompt(question), timelines.describe([first])), dense]
+        earliest = next(e for e in events if e.label == question.query)
+        return [(timelines.full_prompt(question), timelines.describe([earliest])), dense]
     if opening == "chain":
         question = timelines.ask(rng, events, labels, OPENING_TASKS)
         return [(timelines.full_prompt(question), f"<think> {listing}</think> {question.answer}")]

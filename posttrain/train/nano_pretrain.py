@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ HARD = replace(quickstart.SPEC, repeat_probability=0.15)
 
 def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None = None) -> None:
     """Trains from random weights and writes a checkpoint with canonical keys to `out_dir`."""
-    started = time.monotonic()
     torch.manual_seed(settings.seed)
     recordings = load_recordings("en")
     clips = [c for c in recordings.clips if c.name in CLIP_NAMES] or list(recordings.clips)
@@ -80,7 +79,7 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     tokenizer = nano.build_tokenizer(_corpus(heard, all_labels), nano.NanoSize().vocab_size)
     processor = nano.build_processor(tokenizer)
     done = _Stages(out_dir)
-    model = load_model(out_dir) if done else nano.build_model(nano.build_config(tokenizer))
+    model = load_model(out_dir) if done.seconds else nano.build_model(nano.build_config(tokenizer))
     labels, seed = [s.label for s in heard], settings.seed
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
@@ -97,11 +96,12 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
         Stage("audio", settings.audio_steps, [habits], heard_loss, rate=0.4),
     ]
     for stage in stages:
-        if stage.name not in done.names:
+        if stage.name not in done.seconds:
+            started = time.monotonic()
             _train(model, stage, settings, _Journal(log_path))
             save_checkpoint(model, processor, out_dir)
-            done.add(stage.name)
-    _write_facts(out_dir, settings, recordings, heard, time.monotonic() - started)
+            done.add(stage.name, time.monotonic() - started)
+    _write_facts(out_dir, settings, recordings, heard, done.seconds)
     done.path.unlink()
 
 
@@ -185,18 +185,16 @@ def frame_loss(frames_NH: Tensor, spelled_N: Tensor, table_VH: Tensor) -> Tensor
 
 
 class _Stages:
-    """Which stages a folder holds already, so that an interrupted build goes on after them."""
+    """Stages that a folder holds, with their seconds, so that a broken-off build goes on after."""
 
     def __init__(self, out_dir: Path) -> None:
         self.path = out_dir / "stages.json"
-        self.names: list[str] = json.loads(self.path.read_text()) if self.path.exists() else []
+        text = self.path.read_text() if self.path.exists() else "{}"
+        self.seconds: dict[str, float] = json.loads(text)
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
-    def add(self, stage: str) -> None:
-        self.names.append(stage)
-        self.path.write_text(json.dumps(self.names))
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = round(seconds, 1)
+        self.path.write_text(json.dumps(self.seconds))
 
 
 def _corpus(sounds: Sequence[Sound], labels: Sequence[str]) -> Iterator[str]:
@@ -226,9 +224,7 @@ def _train(model: nn.Module, stage: Stage, settings: PretrainSettings, journal: 
     torch.manual_seed(settings.seed)
     optimizers = _optimizers(model, settings)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: stage.rate * _lr_factor(step, stage.steps)
-        )
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, stage))
         for optimizer in optimizers
     ]
     streams = [iter(lesson) for lesson in stage.lessons]
@@ -275,10 +271,11 @@ def _lr_factor(step: int, stage: Stage) -> float:
 
 def _write_facts(
     out_dir: Path, settings: PretrainSettings, recordings: Recordings, sounds: Sequence[Sound],
-    seconds: float,
+    stage_s: Mapping[str, float],
 ) -> None:  # fmt: skip
     facts = {
         "settings": asdict(settings), "provenance": recordings.provenance,
-        "heard_labels": [s.label for s in sounds], "train_s": round(seconds),
+        "heard_labels": [s.label for s in sounds], "stage_s": dict(stage_s),
+        "train_s": round(sum(stage_s.values())),
     }  # fmt: skip
     (out_dir / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")

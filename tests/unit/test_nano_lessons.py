@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from data_recipes import timelines
@@ -15,6 +17,7 @@ from data_recipes.timelines import Sound, TimelineSpec
 from posttrain.data.rows import Event, Row
 from posttrain.train.nano_card import succeeds
 from posttrain.train.nano_lessons import HABITS, LESSONS, Conversations, Drills, imagined_events
+from posttrain.train.nano_pretrain import frame_loss
 from posttrain.types import Completion, Task
 
 WORDS = (
@@ -141,3 +144,15 @@ def test_a_list_succeeds_only_with_times_under_the_right_names(answer: str, succ
     prompt = ({"role": "user", "content": timelines.DENSE_PROMPT},)
     row = Row("r", prompt, "a.wav", 10.0, Task.DENSE, events)
     assert succeeds(row, Completion((), (), answer, "stop", 0)) == success
+
+
+def test_frame_loss_by_hand() -> None:
+    """Two tokens at right angles, of length 1: scores are 6 * (2 f.e - 1)."""
+    table = torch.eye(2)
+    spelled = torch.tensor([0])
+    exact = math.log1p(math.exp(-12.0))
+    assert float(frame_loss(table[:1], spelled, table)) == pytest.approx(exact, abs=1e-6)
+    silent = float(frame_loss(torch.zeros(1, 2), spelled, table))
+    assert silent == pytest.approx(math.log(2) + 1.0)
+    too_long = float(frame_loss(3 * table[:1], spelled, table))
+    assert too_long == pytest.approx(4.0, abs=1e-4), "twice its length too far"

@@ -74,13 +74,13 @@ class RolloutPool:
         if lost := self.lost():
             self._restart(lost)
 
-    def lost(self) -> list[int]:
-        """Indices of workers that are dead, or silent for `HEAL_TIMEOUT_S`."""
+    def lost(self, timeout_s: float = HEAL_TIMEOUT_S) -> list[int]:
+        """Indices of workers that are dead, or silent for `timeout_s`."""
         lost = []
         answers = [worker.ready.remote() for worker in self.workers]
         for index, answer in enumerate(answers):
             try:
-                ray.get(answer, timeout=HEAL_TIMEOUT_S)
+                ray.get(answer, timeout=timeout_s)
             except (RayActorError, GetTimeoutError):
                 log.warning("rollout worker %d does not answer", index)
                 lost.append(index)

@@ -19,6 +19,8 @@ from ray.exceptions import RayError
 
 log = logging.getLogger(__name__)
 
+BROKEN_OFF_TIMEOUT_S = 5.0  # all workers are started anew then, a busy one too
+
 
 @dataclass(frozen=True)
 class SyncReport:
@@ -97,7 +99,7 @@ class WeightSync:
         try:
             num_bytes = self._send()
         except (RayError, RuntimeError) as error:
-            if not self.pool.lost():
+            if not self.pool.lost(BROKEN_OFF_TIMEOUT_S):
                 raise
             log.warning("weight sync broke off: %s", str(error).splitlines()[0])
             self._connected = []

@@ -1,8 +1,21 @@
-"""Classes that Ray workers import; tests/ is on their path (see conftest)."""
+"""What tests import by name, in Ray workers, too: tests/ is on their path (see conftest)."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from posttrain.config import load_recipe
+from posttrain.train import grpo
 from posttrain.train.learner import LearnerRank, ScoredGroup
+from posttrain.train.run_folder import RunFolder
+
+
+def run(recipe_file: Path, *overrides: str) -> RunFolder:
+    recipe = load_recipe(recipe_file, list(overrides))
+    folder = grpo.train(recipe)
+    finished = object.__new__(RunFolder)
+    finished.path = folder
+    return finished
 
 
 class ProbeRank(LearnerRank):

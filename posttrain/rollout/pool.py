@@ -48,7 +48,9 @@ class RolloutPool:
         resources: Ray options of one worker (`num_gpus`, `num_cpus`, scheduling strategy).
         on_replaced: called after a worker was replaced; brings new workers to the policy.
         places: where every worker runs.
-        restarts: workers replaced so far.
+        losses: workers that died or hung so far, a broken-off weight sync being one; more than
+            `max_restarts` end the run.
+        restarts: workers started anew so far; after a broken-off sync the sound ones, too.
     """
 
     settings: EngineSettings
@@ -59,6 +61,7 @@ class RolloutPool:
     on_replaced: Callable[[], None] | None = None
     workers: list[Any] = field(default_factory=list)
     places: dict[Any, Place] = field(default_factory=dict)
+    losses: int = 0
     restarts: int = 0
     last: PoolStatistics = field(default_factory=PoolStatistics)
 
@@ -72,6 +75,7 @@ class RolloutPool:
     def heal(self) -> None:
         """Replaces workers that do not answer; for the moments before a weight sync."""
         if lost := self.lost():
+            self._count(len(lost))
             self._restart(lost)
 
     def lost(self, timeout_s: float = HEAL_TIMEOUT_S) -> list[int]:
@@ -165,21 +169,26 @@ class RolloutPool:
         return results, lost
 
     def restart_all(self) -> None:
-        """Starts every worker anew; for a weight sync that broke off half-way."""
+        """Starts every worker anew; for a weight sync that broke off. Counts as one loss."""
+        self._count(1)
         self._restart(range(len(self.workers)))
 
-    def _replace(self, indices: Sequence[int]) -> None:
-        self._restart(indices)
+    def _replace(self, lost: Sequence[int]) -> None:
+        self._count(len(lost))
+        self._restart(lost)
         if self.on_replaced is not None:
             self.on_replaced()
 
-    def _restart(self, indices: Sequence[int]) -> None:
-        self.restarts += len(indices)
-        if self.restarts > self.max_restarts:
+    def _count(self, num_lost: int) -> None:
+        self.losses += num_lost
+        if self.losses > self.max_restarts:
             raise RuntimeError(
-                f"{self.restarts} rollout workers lost, rollout.max_restarts={self.max_restarts}; "
+                f"{self.losses} rollout workers lost, rollout.max_restarts={self.max_restarts}; "
                 "look at the worker's log for memory or timeouts (rollout.timeout_s)"
             )
+
+    def _restart(self, indices: Sequence[int]) -> None:
+        self.restarts += len(indices)
         for index in indices:
             self._kill(self.workers[index])
             self.workers[index] = self._new_worker(index)

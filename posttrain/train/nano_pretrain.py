@@ -67,6 +67,8 @@ class PretrainSettings:
 
 EASY = TimelineSpec(duration_s=(5.0, 10.0), num_events=(2, 5))
 HARD = replace(quickstart.SPEC, repeat_probability=0.15)
+LONG = replace(HARD, duration_s=(15.0, 100.0), num_events=(4, 16))
+LONG_BATCH_SIZE = 2  # as much audio as ten short clips
 
 
 def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None = None) -> None:
@@ -84,16 +86,17 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
 
-    def chats(spec: TimelineSpec, **more: Any) -> Conversations:
-        return Conversations(processor, heard, settings.batch_size, seed, spec, **more)
+    def chats(spec: TimelineSpec, batch_size: int = settings.batch_size, **more: Any):
+        return Conversations(processor, heard, batch_size, seed, spec, **more)
 
     spelled, habits = chats(EASY, imagined=True), chats(quickstart.SPEC, openings=HABITS)
+    long = chats(LONG, LONG_BATCH_SIZE, openings=HABITS)
     stages = [
         Stage("drills", settings.drill_steps, [drills], answer_loss),
         Stage("imagined", settings.imagined_steps, [review, spelled], answer_loss),
         Stage("ear_easy", settings.ear_easy_steps, [chats(EASY)], ear_loss),
         Stage("ear_hard", settings.ear_hard_steps, [chats(HARD)], ear_loss),
-        Stage("audio", settings.audio_steps, [habits], heard_loss, rate=0.4),
+        Stage("audio", settings.audio_steps, [habits, long], heard_loss, rate=0.4),
     ]
     for stage in stages:
         if stage.name not in done.seconds:

@@ -83,10 +83,11 @@ def _cached(kv_cache: Tensor, blocks: Tensor, num_keys: int) -> tuple[Tensor, Te
     blocks_NKSD = kv_cache[used].view(len(used), kv_heads, 2 * block_size, -1)
     keys, values = blocks_NKSD.chunk(2, dim=2)
     keys_NKSD = keys.reshape(len(used), kv_heads, -1, block_size).transpose(2, 3)
-    return tuple(
-        part.transpose(0, 1).reshape(kv_heads, -1, part.shape[-1])[:, :num_keys]
-        for part in (keys_NKSD, values)
+    keys_KTD, values_KTD = (
+        part_NKSD.transpose(0, 1).reshape(kv_heads, -1, part_NKSD.shape[-1])[:, :num_keys]
+        for part_NKSD in (keys_NKSD, values)
     )
+    return keys_KTD, values_KTD
 
 
 def _attend(query_THD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, scale: float) -> Tensor:

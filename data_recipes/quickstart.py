@@ -1,7 +1,7 @@
 """The data of `make quickstart`: timelines of recorded prompts, 6 to 15 s, noisy, overlapping.
 
-Labels are heard twice far more often than in nano's own lessons, so that there is something to
-learn: nano tends to stop after the first time.
+Half of the sounds are heard before: a label asked for often has several times to be cited, and
+nano, when it answers at once, tends to stop after the first.
 
 Written once; a finished set is left alone, an interrupted one is written again.
 """

@@ -1,12 +1,14 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
-    drills (text) -> imagined audio -> ear alone, short then long noisy timelines -> audio
+    drills (text) -> imagined audio -> ear alone, short then noisy timelines
+                  -> all together, on clips of up to 100 s -> the same once more, mostly short
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
 own list of timed events. The drills teach that on bare text. Then it converses about audio that
 is spelled instead of heard: in place of audio embeddings it gets the embeddings of the tokens
 that name and time every event. Then the encoder alone learns to spell what it hears
-(`frame_loss`, at a third of a full step's cost), and at last both go on together. Matrices are
+(`frame_loss`, at a third of a full step's cost), and at last both go on together. Without long
+clips, embeddings of sound beyond the longest lesson are many times a token's length. Matrices are
 trained with Muon (https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came
 in about a third of the steps that AdamW alone took.
 
@@ -46,8 +48,8 @@ class PretrainSettings:
     """Everything that decides the weights, besides the lessons themselves.
 
     Attributes:
-        drill_steps, imagined_steps, ear_easy_steps, ear_hard_steps, audio_steps: optimizer steps
-            of the stages.
+        drill_steps, imagined_steps, ear_easy_steps, ear_hard_steps, longer_steps, habits_steps:
+            optimizer steps of the stages.
         batch_size: conversations a step.
         learning_rate: AdamW's peak, for embeddings, norms, biases and convolutions.
         matrix_learning_rate: Muon's peak. Both warm up over 50 steps, stay level, and fall to a
@@ -58,7 +60,8 @@ class PretrainSettings:
     imagined_steps: int = 200
     ear_easy_steps: int = 1_000
     ear_hard_steps: int = 800
-    audio_steps: int = 300
+    longer_steps: int = 300
+    habits_steps: int = 240
     batch_size: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 0.02
@@ -68,7 +71,6 @@ class PretrainSettings:
 EASY = TimelineSpec(duration_s=(5.0, 10.0), num_events=(2, 5))
 HARD = replace(quickstart.SPEC, repeat_probability=0.15)
 LONG = replace(HARD, duration_s=(15.0, 100.0), num_events=(4, 16))
-LONG_BATCH_SIZE = 2  # as much audio as ten short clips
 
 
 def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None = None) -> None:
@@ -86,17 +88,25 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     drills = Drills(tokenizer, labels, seed)
     review = Drills(tokenizer, labels, seed, first_step=settings.drill_steps)
 
-    def chats(spec: TimelineSpec, batch_size: int = settings.batch_size, **more: Any):
+    def chats(
+        spec: TimelineSpec, batch_size: int = settings.batch_size, seed: int = seed, **more: Any
+    ) -> Conversations:
         return Conversations(processor, heard, batch_size, seed, spec, **more)
 
-    spelled, habits = chats(EASY, imagined=True), chats(quickstart.SPEC, openings=HABITS)
-    long = chats(LONG, LONG_BATCH_SIZE, openings=HABITS)
+    def habits(long_clips: int, seed: int) -> list[Conversations]:
+        return [
+            chats(quickstart.SPEC, seed=seed, openings=HABITS),
+            chats(LONG, long_clips, seed, openings=HABITS),
+        ]
+
+    spelled = chats(EASY, imagined=True)
     stages = [
         Stage("drills", settings.drill_steps, [drills], answer_loss),
         Stage("imagined", settings.imagined_steps, [review, spelled], answer_loss),
         Stage("ear_easy", settings.ear_easy_steps, [chats(EASY)], ear_loss),
         Stage("ear_hard", settings.ear_hard_steps, [chats(HARD)], ear_loss),
-        Stage("audio", settings.audio_steps, [habits, long], heard_loss, rate=0.4),
+        Stage("longer", settings.longer_steps, habits(2, seed), heard_loss, rate=0.4),
+        Stage("habits", settings.habits_steps, habits(1, seed + 1), heard_loss, rate=0.4),
     ]
     for stage in stages:
         if stage.name not in done.seconds:

@@ -1,16 +1,17 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
-    drills (text) -> imagined audio -> ear alone, short then noisy timelines
-                  -> all together, on clips of up to 100 s -> the same once more, mostly short
+    drills (text) -> imagined audio -> ear alone: short, then noisy timelines -> all together
+                  -> ear alone: timelines of up to 100 s -> all together again
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
 own list of timed events. The drills teach that on bare text. Then it converses about audio that
 is spelled instead of heard: in place of audio embeddings it gets the embeddings of the tokens
 that name and time every event. Then the encoder alone learns to spell what it hears
-(`frame_loss`, at a third of a full step's cost), and at last both go on together. Without long
-clips, embeddings of sound beyond the longest lesson are many times a token's length. Matrices are
-trained with Muon (https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came
-in about a third of the steps that AdamW alone took.
+(`frame_loss`, at a third of a full step's cost), and then both go on together. Long clips are for
+the encoder: without them, embeddings of what sounds beyond the longest lesson are many times a
+token's length, and every rounding error counts. Matrices are trained with Muon
+(https://kellerjordan.github.io/posts/muon), the rest with AdamW: look-up came in about a third of
+the steps that AdamW alone took.
 
     posttrain nano build --out checkpoints/af-next-nano        # about an hour on 2 cores
 """
@@ -48,8 +49,8 @@ class PretrainSettings:
     """Everything that decides the weights, besides the lessons themselves.
 
     Attributes:
-        drill_steps, imagined_steps, ear_easy_steps, ear_hard_steps, longer_steps, habits_steps:
-            optimizer steps of the stages.
+        drill_steps, imagined_steps, ear_easy_steps, ear_hard_steps, audio_steps, ear_long_steps,
+            audio_again_steps: optimizer steps of the stages.
         batch_size: conversations a step.
         learning_rate: AdamW's peak, for embeddings, norms, biases and convolutions.
         matrix_learning_rate: Muon's peak. Both warm up over 50 steps, stay level, and fall to a
@@ -60,8 +61,9 @@ class PretrainSettings:
     imagined_steps: int = 200
     ear_easy_steps: int = 1_000
     ear_hard_steps: int = 800
-    longer_steps: int = 300
-    habits_steps: int = 240
+    audio_steps: int = 300
+    ear_long_steps: int = 160
+    audio_again_steps: int = 200
     batch_size: int = 16
     learning_rate: float = 2e-3
     matrix_learning_rate: float = 0.02
@@ -93,21 +95,23 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     ) -> Conversations:
         return Conversations(processor, heard, batch_size, seed, spec, **more)
 
-    def habits(long_clips: int, seed: int) -> list[Conversations]:
-        return [
-            chats(quickstart.SPEC, seed=seed, openings=HABITS),
-            chats(LONG, long_clips, seed, openings=HABITS),
-        ]
-
     spelled = chats(EASY, imagined=True)
+    habits, habits_again = (
+        chats(quickstart.SPEC, seed=s, openings=HABITS) for s in (seed, seed + 1)
+    )
+    easy, hard, long, one_long = chats(EASY), chats(HARD), chats(LONG, 3), chats(LONG, 1, seed + 1)
     stages = [
-        Stage("drills", settings.drill_steps, [drills], answer_loss),
-        Stage("imagined", settings.imagined_steps, [review, spelled], answer_loss),
-        Stage("ear_easy", settings.ear_easy_steps, [chats(EASY)], ear_loss),
-        Stage("ear_hard", settings.ear_hard_steps, [chats(HARD)], ear_loss),
-        Stage("longer", settings.longer_steps, habits(2, seed), heard_loss, rate=0.4),
-        Stage("habits", settings.habits_steps, habits(1, seed + 1), heard_loss, rate=0.4),
-    ]
+        Stage("drills", settings.drill_steps, [(drills, answer_loss)]),
+        Stage("imagined", settings.imagined_steps, [(review, answer_loss), (spelled, answer_loss)]),
+        Stage("ear_easy", settings.ear_easy_steps, [(easy, ear_loss)]),
+        Stage("ear_hard", settings.ear_hard_steps, [(hard, ear_loss)]),
+        Stage("audio", settings.audio_steps, [(habits, heard_loss)], 0.4),
+        Stage("ear_long", settings.ear_long_steps, [(hard, ear_loss), (long, ear_loss)], 0.4),
+        Stage(
+            "audio_again", settings.audio_again_steps,
+            [(habits_again, heard_loss), (one_long, ear_loss)], 0.4,
+        ),
+    ]  # fmt: skip
     for stage in stages:
         if stage.name not in done.seconds:
             started = time.monotonic()
@@ -126,13 +130,13 @@ class Stage:
     """`steps` optimizer steps on the sum of all losses, over one batch of every lesson.
 
     Attributes:
+        lessons: batches, and what is learned from them.
         rate: of both learning rates, against the settings.
     """
 
     name: str
     steps: int
-    lessons: Sequence[Iterable[dict[str, Tensor]]]
-    losses: Callable[[Any, dict[str, Tensor]], Losses]
+    lessons: Sequence[tuple[Iterable[dict[str, Tensor]], Callable[..., Losses]]]
     rate: float = 1.0
 
 
@@ -240,15 +244,15 @@ def _train(model: nn.Module, stage: Stage, settings: PretrainSettings, journal: 
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, stage))
         for optimizer in optimizers
     ]
-    streams = [iter(lesson) for lesson in stage.lessons]
+    streams = [(iter(lesson), losses_of) for lesson, losses_of in stage.lessons]
     model.train()
     with tqdm(range(stage.steps), desc=f"nano {stage.name}") as bar:
         for step in bar:
             metrics: dict[str, float] = {}
-            for stream in streams:
+            for stream, losses_of in streams:
                 batch = next(stream)
                 with torch.autocast("cpu", torch.bfloat16):
-                    losses = stage.losses(model, batch)
+                    losses = losses_of(model, batch)
                 sum(losses.values(), start=torch.zeros(())).backward()
                 metrics |= {name: loss.item() for name, loss in losses.items()}
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,7 +1,7 @@
 """Builds and pretrains AF-Next-nano: `posttrain nano build`.
 
     drills (text) -> imagined audio -> ear alone: short, then noisy timelines -> all together
-                  -> ear alone: timelines of up to 100 s -> all together again
+                  -> ear alone: up to 100 s -> all together again, and for the ear up to 10 min
 
 Why in stages: trained on audio alone, the language model never learns to look an item up in its
 own list of timed events. The drills teach that on bare text. Then it converses about audio that
@@ -73,6 +73,7 @@ class PretrainSettings:
 EASY = TimelineSpec(duration_s=(5.0, 10.0), num_events=(2, 5))
 HARD = replace(quickstart.SPEC, repeat_probability=0.15)
 LONG = replace(HARD, duration_s=(15.0, 100.0), num_events=(4, 16))
+LONGEST = replace(HARD, duration_s=(15.0, 600.0), num_events=(4, 40))
 
 
 def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None = None) -> None:
@@ -99,7 +100,7 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     habits, habits_again = (
         chats(quickstart.SPEC, seed=s, openings=HABITS) for s in (seed, seed + 1)
     )
-    easy, hard, long, one_long = chats(EASY), chats(HARD), chats(LONG, 3), chats(LONG, 1, seed + 1)
+    easy, hard, long, longest = chats(EASY), chats(HARD), chats(LONG, 3), chats(LONGEST, 1)
     stages = [
         Stage("drills", settings.drill_steps, [(drills, answer_loss)]),
         Stage("imagined", settings.imagined_steps, [(review, answer_loss), (spelled, answer_loss)]),
@@ -109,7 +110,7 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
         Stage("ear_long", settings.ear_long_steps, [(hard, ear_loss), (long, ear_loss)], 0.4),
         Stage(
             "audio_again", settings.audio_again_steps,
-            [(habits_again, heard_loss), (one_long, ear_loss)], 0.4,
+            [(habits_again, heard_loss), (longest, ear_loss)], 0.4,
         ),
     ]  # fmt: skip
     for stage in stages:

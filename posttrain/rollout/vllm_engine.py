@@ -83,7 +83,8 @@ class VllmEngine:
         if self.settings.tensor_parallel_size > 1:
             arguments["distributed_executor_backend"] = "mp"
         if self.settings.device == "cpu":
-            # chunked prefill breaks seeded requests on CPU: keep every prompt in one batch
+            # a seeded prompt that is prefilled in pieces fails on CPU: its generator has no offset
+            arguments["enable_chunked_prefill"] = False
             longest = self.settings.max_model_len or CPU_MAX_BATCHED_TOKENS
             arguments["max_num_batched_tokens"] = max(longest, CPU_MAX_BATCHED_TOKENS)
             arguments["skip_mm_profiling"] = True

@@ -1,6 +1,8 @@
 """What a recipe may say: one dataclass a section, defaults included. No torch.
 
 Hyper-parameters are named and mean what they do in TRL's GRPOConfig; units stand in the names.
+One default differs: `mask_truncated_completions` is on, and a truncated completion then has no
+reward at all, so it leaves its group's mean too (in TRL it only leaves the loss).
 `validate` holds the rules that tie fields together: they raise and never rewrite.
 """
 
@@ -231,6 +233,8 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
         _one_of("report_to", reporter, REPORTERS)
     _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
     _rule(r.data.train, "data.train={}", "name at least one source with a path")
+    for name in sorted(r.data.held_out.keys() & r.data.reported.keys()):
+        raise ValueError(f"data.reported.{name}: data.held_out has this name too; rename one")
     _rule(r.rewards, "rewards={}", "name at least one reward, such as timestamp_grounding")
     for name in r.rewards:
         if name not in known_rewards:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from posttrain.data.rows import Row
@@ -73,6 +73,26 @@ def call_safely(reward: Reward, row: Row, completion: Completion) -> RewardResul
         reason = f"{reward.name} on row {row.id!r}: value {result.value}; must be finite"
         return RewardResult(None, {}, RewardStatus.ERRORED, reason)
     return result
+
+
+def check_scorable(reward: WeightedSum, rows: Iterable[Row]) -> None:
+    """Every row is scored by a reward that reads the content; else its form alone would train.
+
+    Raises:
+        ValueError: the row, its task, and what to do.
+    """
+    contents = [term.reward for term in reward.terms if not isinstance(term.reward, Format)]
+    for row in rows:
+        reference = Completion((), (), row.answer, "stop", 0)
+        results = [call_safely(content, row, reference) for content in contents]
+        if all(result.status is RewardStatus.UNSCORABLE for result in results):
+            named = zip(contents, results, strict=True)
+            reasons = "; ".join(f"{content.name}: {result.reason}" for content, result in named)
+            raise ValueError(
+                f"row {row.id!r} of task {row.task.value!r}: no reward but `format` scores it "
+                f"({reasons or 'none is on'}); keep such rows out with data.train.NAME.tasks, or "
+                "add a reward for the task"
+            )
 
 
 def build_rewards(

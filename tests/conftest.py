@@ -42,7 +42,8 @@ def timelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_recipes.timelines import TimelineSpec, write_timelines
 
     out = tmp_path_factory.mktemp("timelines")
-    spec = TimelineSpec(duration_s=(8.0, 12.0), num_events=(3, 5))
+    tasks = {"grounding": 0.7, "dense": 0.2, "absent": 0.1}
+    spec = TimelineSpec(duration_s=(8.0, 12.0), num_events=(3, 5), tasks=tasks)
     recordings = load_recordings("en")
     names = CLIP_NAMES if recordings.provenance == "recorded" else None
     write_timelines(

@@ -18,6 +18,27 @@ def run(recipe_file: Path, *overrides: str) -> RunFolder:
     return finished
 
 
+def answer_long_prompts(checkpoint: str, folder: Path) -> tuple[list[int], int]:
+    """Completions of eight groups, a minute of noise each; calls of the long-context attention."""
+    from posttrain.rollout import cpu_attention, parity
+    from posttrain.rollout.settings import EngineSettings
+    from posttrain.rollout.vllm_engine import VllmEngine
+    from posttrain.types import SamplingSettings
+
+    calls, attend = [], cpu_attention._attend
+
+    def counted(*arguments: object) -> object:
+        calls.append(1)
+        return attend(*arguments)
+
+    cpu_attention._attend = counted
+    engine = VllmEngine(EngineSettings(checkpoint, dtype="float32", max_model_len=2_048))
+    groups = engine.generate(
+        parity._requests((60.0,) * 8, folder, seed=0), SamplingSettings(1.0, 8, 4)
+    )
+    return [len(group.completions) for group in groups], len(calls)
+
+
 class ProbeRank(LearnerRank):
     """A learner that also shows its gradients and weights."""
 

@@ -151,13 +151,9 @@ def _from_nvidia(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         if role is None:
             raise ValueError(f"{where}: conversations.from {turn.get('from')!r}; human or gpt")
         messages.append({"role": role, "content": turn.get("value", "")})
-    out = _split_last_answer(messages, where)
-    out |= {"id": record.get("id"), "audio": record.get("sound")}
-    out |= {"duration_s": record.get("duration")}
-    for key in ("task", "language", "source", "licence", "events"):
-        if key in record:
-            out[key] = record[key]
-    return out
+    renamed = {"audio": record.get("sound"), "duration_s": record.get("duration")}
+    rest = {k: v for k, v in record.items() if k not in ("conversations", "sound", "duration")}
+    return rest | renamed | _split_last_answer(messages, where)
 
 
 def _from_trl_messages(record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -279,12 +275,14 @@ def _validate(row: Row, where: str) -> None:
         limit_s = (row.duration_s or 0.0) + EVENT_SLACK_S
         if event.start_s < 0 or event.end_s > limit_s:
             raise ValueError(f"{at} lies outside the clip of {row.duration_s} s; correct it")
-    if row.task is Task.GROUNDING and not row.target_spans:
+    if row.task in (Task.GROUNDING, Task.DENSE) and row.events and not row.target_spans:
         raise ValueError(
-            f"{where}: grounding row with query {row.query!r} and no such event; "
+            f"{where}: {row.task.value} row with query {row.query!r} and no such event; "
             "add the event, or use task 'absent'"
         )
-    if row.task is Task.DENSE and not row.events:
-        raise ValueError(f"{where}: dense row without `events`; label them, or use task 'absent'")
+    if row.task in (Task.GROUNDING, Task.DENSE) and not row.events:
+        raise ValueError(
+            f"{where}: {row.task.value} row without `events`; label them, or use task 'absent'"
+        )
     if row.task is Task.CHOICE and not row.answer:
         raise ValueError(f"{where}: choice row without `answer`; give the letter or the text")

@@ -49,7 +49,7 @@ def adapter_files(
     Args:
         tensors: full parameters by their name in `model` (ZeRO-3 passes gathered ones).
     """
-    state = get_peft_model_state_dict(model, state_dict=tensors)
+    state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config: dict[str, Any] = model.peft_config["default"].to_dict()
     config["inference_mode"] = True

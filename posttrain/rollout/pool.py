@@ -100,6 +100,11 @@ class RolloutPool:
             places = ray.get([w.ready.remote() for w in workers], timeout=START_TIMEOUT_S)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from error
+        except (RayActorError, GetTimeoutError) as error:
+            raise RuntimeError(
+                f"a rollout worker did not start: {str(error).splitlines()[0]}; out of memory? "
+                "lower rollout.gpu_memory_utilization or rollout.max_model_len"
+            ) from error
         self.places |= dict(zip(workers, places, strict=True))
 
     def pids(self) -> list[int]:

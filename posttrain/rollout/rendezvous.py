@@ -28,7 +28,7 @@ def open_store(address: str, port: int, rank: int, world_size: int) -> Any:
     import torch.distributed as dist
 
     if address.startswith("127."):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     listen_fd = socket.create_server((address, port)).detach() if rank == 0 else None
     return dist.TCPStore(
         address,

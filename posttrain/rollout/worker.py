@@ -43,11 +43,13 @@ class Place:
 
 
 def end_process(place: Place) -> None:
-    """Kills that very process, if it still runs; call it on its node."""
+    """Kills that very process and its children, if it still runs; call it on its node."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(place.pid)
         if process.create_time() == place.created_s:
-            process.kill()
+            for one in (*process.children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 class RolloutWorker:

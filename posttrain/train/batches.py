@@ -12,6 +12,7 @@ from posttrain.data.rows import Row, read_rows
 from posttrain.schema import DataSource, Recipe
 
 DURATION_SLACK_S = 0.1
+AUDIO_TOKENS_PER_S = 25
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class PromptBatches:
         _check_distinct(rows, recipe.training.prompts_per_step)
         for part in (rows, *held_out.values()):
             _check_clips(part)
+            _check_lengths(part, recipe)
         trained = {row.id for row in rows}
         for name, evaluated in held_out.items():
+            where = "held_out" if name in recipe.data.held_out else "reported"
             if leaked := [row.id for row in evaluated if row.id in trained]:
-                raise ValueError(f"data.held_out.{name}: row {leaked[0]!r} is in data.train too")
+                raise ValueError(f"data.{where}.{name}: row {leaked[0]!r} is in data.train too")
         return cls(
             tuple(rows), held_out, recipe.training.prompts_per_step, recipe.seed,
             recipe.data.shuffle,
@@ -102,6 +105,25 @@ def _check_clips(rows: Sequence[Row]) -> None:
             raise ValueError(
                 f"row {row.id!r}: audio {row.audio} lasts {duration_s:.2f} s, duration_s says "
                 f"{row.duration_s:.2f}; correct the row"
+            )
+
+
+def _check_lengths(rows: Sequence[Row], recipe: Recipe) -> None:
+    """No clip is longer than the recipe allows; workers know the processor's own limit."""
+    limit_s = recipe.model.max_audio_len_s
+    max_model_len = recipe.rollout.max_model_len
+    for row in rows:
+        seconds = row.duration_s or 0.0
+        if limit_s is not None and seconds > limit_s:
+            raise ValueError(
+                f"row {row.id!r}: audio {row.audio} lasts {seconds:.1f} s, "
+                f"model.max_audio_len_s={limit_s:g}; cut the clip or raise the limit"
+            )
+        tokens = int(seconds * AUDIO_TOKENS_PER_S) + recipe.sampling.max_completion_length
+        if max_model_len is not None and tokens > max_model_len:
+            raise ValueError(
+                f"row {row.id!r}: {seconds:.1f} s of audio and sampling.max_completion_length are "
+                f"{tokens} tokens, rollout.max_model_len={max_model_len}; raise it or cut the clip"
             )
 
 

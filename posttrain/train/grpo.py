@@ -31,7 +31,7 @@ from posttrain.train.progress import Progress
 from posttrain.train.resources import Cluster, start_cluster
 from posttrain.train.run_folder import RunFolder
 from posttrain.types import Group, PromptRequest, RewardResult, RewardStatus, SamplingSettings
-from reward_models.registry import build_rewards
+from reward_models.registry import WeightedSum, build_rewards, check_scorable
 
 
 def train(recipe: Recipe) -> Path:
@@ -39,9 +39,14 @@ def train(recipe: Recipe) -> Path:
     if Path(recipe.model.path).exists():
         recipe.model.path = str(Path(recipe.model.path).resolve())
     data = PromptBatches.from_recipe(recipe)
+    reward = build_rewards(
+        {name: (term.weight, term.gate) for name, term in recipe.rewards.items()},
+        score_truncated=not recipe.algorithm.mask_truncated_completions,
+    )
+    check_scorable(reward, data.rows)
     run = RunFolder(recipe)
     with start_cluster(recipe, run.checkpoint) as cluster:
-        loop = GrpoLoop(recipe, run, data, cluster)
+        loop = GrpoLoop(recipe, run, data, reward, cluster)
         loop.evaluate("before", 0)
         for step in loop.progress.track(run.steps_done, recipe.training.max_steps):
             loop.step(step)
@@ -54,13 +59,11 @@ class GrpoLoop:
     """The state of a run between steps: the policy version, and skipped steps in a row."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, data: PromptBatches, cluster: Cluster
-    ) -> None:
+        self, recipe: Recipe, run: RunFolder, data: PromptBatches, reward: WeightedSum,
+        cluster: Cluster,
+    ) -> None:  # fmt: skip
         self.recipe, self.run, self.data, self.cluster = recipe, run, data, cluster
-        self.reward = build_rewards(
-            {name: (term.weight, term.gate) for name, term in recipe.rewards.items()},
-            score_truncated=not recipe.algorithm.mask_truncated_completions,
-        )
+        self.reward = reward
         self.sampling = SamplingSettings(
             recipe.sampling.temperature,
             recipe.sampling.max_completion_length,
@@ -73,17 +76,17 @@ class GrpoLoop:
         self.sync_report: Any = None
 
     def step(self, step: int) -> None:
-        """Sample, score, advantage, update, sync, log."""
+        """Sample, score, advantage, update, sync, log; rollouts first, to look at what failed."""
         rows = self.data.batch(step)
         groups = self.sample(rows, step)
         results = score(self.reward, rows, groups)
+        self.run.log_rollouts(rows, groups, results, step + 1)
         advantages, metrics = advantages_of(results, self.recipe.algorithm.scale_rewards)
         scored = scored_groups(rows, groups, results, advantages)
         metrics |= self.cluster.learners.update(scored, step)
         self.check_skipped(bool(metrics["train/skipped"]), step)
         metrics |= self.sync()
         metrics |= rollout_metrics(groups, results, self.cluster.pool)
-        self.run.log_rollouts(rows, groups, results, step + 1)
         self.run.log(metrics, step + 1)
         self.progress.show(metrics)
         self.periodic(step + 1)
@@ -129,7 +132,8 @@ class GrpoLoop:
 
     def evaluate(self, when: str, done: int) -> None:
         """Greedy answers on the held-out rows; kept in the run folder, so resuming repeats none."""
-        if not self.data.held_out or self.run.load_json(f"held_out/{when}.json"):
+        kept = self.run.load_json(f"held_out/{when}.json")
+        if not self.data.held_out or (kept and kept["step"] == done):
             return
         limit = self.recipe.sampling.max_completion_length
         generate = self.cluster.pool.generate
@@ -197,25 +201,25 @@ def sampling_seed(run_seed: int, step: int, prompt_id: str) -> int:
 
 
 def score(reward: Any, rows: Sequence[Row], groups: Sequence[Group]) -> list[list[RewardResult]]:
-    """One result a completion.
-
-    Raises:
-        RuntimeError: a reward raised or was not finite; the first reason is quoted.
-    """
-    results = [
+    """One result a completion."""
+    return [
         [reward(row, completion) for completion in group.completions]
         for row, group in zip(rows, groups, strict=True)
     ]
-    errors = [r.reason for line in results for r in line if r.status is RewardStatus.ERRORED]
-    if errors:
-        raise RuntimeError(f"{len(errors)} completions could not be scored; first: {errors[0]}")
-    return results
 
 
 def advantages_of(
     results: Sequence[Sequence[RewardResult]], scale_rewards: str
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """(N, G) advantages and reward metrics."""
+    """(N, G) advantages and reward metrics.
+
+    Raises:
+        RuntimeError: a reward raised or was not finite; the first reason is quoted.
+        ValueError: no completion has a reward.
+    """
+    errors = [r.reason for line in results for r in line if r.status is RewardStatus.ERRORED]
+    if errors:
+        raise RuntimeError(f"{len(errors)} completions could not be scored; first: {errors[0]}")
     values = torch.tensor([[r.value or 0.0 for r in line] for line in results])
     valid = torch.tensor([[r.value is not None for r in line] for line in results])
     advantages, metrics = group_advantages(values, valid, scale_rewards)

@@ -133,16 +133,20 @@ class LearnerRank:
         """`num_iterations` optimizer steps on this rank's groups.
 
         Returns:
-            Metrics over all ranks; `train/skipped` is 1 when gradients were not finite and the
-            weights were left alone.
+            Metrics over all ranks, of the last iteration; those of `engine/` of the first.
+            `train/skipped` is 1 when gradients of any were not finite and the weights were left
+            alone.
         """
         batches = self._prepare(scored)
         self._fixed_logprobs(batches)
-        metrics: dict[str, float] = {}
         self._set_learning_rate(step)
-        for _ in range(self.recipe.algorithm.num_iterations):
-            metrics = self._summarise(self.accumulate(batches)) | self._step()
-        return metrics
+        passes = [
+            self._summarise(self.accumulate(batches)) | self._step()
+            for _ in range(self.recipe.algorithm.num_iterations)
+        ]
+        on_policy = {k: v for k, v in passes[0].items() if k.startswith("engine/")}
+        skipped = {"train/skipped": max(metrics["train/skipped"] for metrics in passes)}
+        return passes[-1] | on_policy | skipped
 
     def _prepare(self, scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
         """Micro-batches: tensors of `per_device_group_batch_size` groups each."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -72,6 +72,12 @@ class LearnerGroup:
             return ray.get(calls)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from error
+        except RayActorError as error:
+            raise RuntimeError(
+                f"a learner process died: {str(error).splitlines()[0]}; out of memory? "
+                "learner.zero_stage=3, learner.cpu_offload or fewer "
+                "training.per_device_group_batch_size; resume=auto goes on from the last checkpoint"
+            ) from error
 
     def stop(self) -> None:
         for rank in self.ranks:

@@ -162,8 +162,8 @@ def _choose(recipe: Recipe) -> tuple[Path, bool]:
 
 FREE_TO_CHANGE = (
     "resume", "report_to", "output_dir", "rollout.", "training.max_steps", "training.learning_rate",
-    "training.save_", "training.eval_steps", "training.max_skipped_steps", "evaluation.",
-    "sampling.max_completion_length",
+    "training.save_", "training.eval_steps", "training.max_skipped_steps",
+    "evaluation.bootstrap_samples",
 )  # fmt: skip
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
+from probes import answer_long_prompts
 
 pytest.importorskip("vllm")
 if torch.cuda.is_available():
@@ -60,3 +64,12 @@ def test_attention_equals_float64(cached, num_rows: int) -> None:
     error = (ours_THD - exact_THD).abs().max() / exact_THD.abs().max()
     print(f"{num_rows} rows: largest error {error:.1e} of the largest output")
     assert error <= 5e-6
+
+
+@pytest.mark.slow
+def test_long_prompts_take_this_attention_and_none_is_cut(nano: str, tmp_path: Path) -> None:
+    """Eight prompts of 1,500 audio tokens are more than the engine prefills at once."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        completions, calls = pool.apply(answer_long_prompts, (nano, tmp_path))
+    assert completions == [4] * 8
+    assert calls > 0

@@ -11,7 +11,13 @@ from reward_models.choice import Choice, extract_choice
 from reward_models.format import Format
 from reward_models.grounding import TimestampGrounding
 from reward_models.names import REWARD_NAMES
-from reward_models.registry import REWARDS, Term, WeightedSum, build_rewards
+from reward_models.registry import (
+    REWARDS,
+    Term,
+    WeightedSum,
+    build_rewards,
+    check_scorable,
+)
 from reward_models.spans import event_f1, iou, match
 from reward_models.timestamps import ParseStatus, parse_spans
 
@@ -157,6 +163,18 @@ def test_weighted_sum_gates_truncation_and_failures() -> None:
         build_rewards({"nope": (1.0, False)})
     with pytest.raises(ValueError, match="status"):
         RewardResult(None)
+
+
+def test_rows_that_only_their_form_would_score_are_refused() -> None:
+    reward = build_rewards({"timestamp_grounding": (1.0, False), "format": (0.2, False)})
+    check_scorable(reward, [row()])
+    with pytest.raises(ValueError, match=r"of task 'count': no reward but `format` scores it"):
+        check_scorable(reward, [row(), row(Task.COUNT)])
+    with pytest.raises(ValueError, match="answer 'C' is none of the choices"):
+        check_scorable(
+            build_rewards({"choice": (1.0, False)}),
+            [row(Task.CHOICE, answer="C", choices=("yes", "no"))],
+        )
 
 
 def test_recipe_names_are_the_registry() -> None:

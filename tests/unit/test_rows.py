@@ -59,6 +59,7 @@ def test_nvidia_rows_are_accepted() -> None:
     row = parse_row(
         {
             "id": "x", "sound": ["clip.wav"], "duration": 12.5, "task": "transcript",
+            "choices": ["yes"], "speaker": "a",
             "conversations": [
                 {"from": "human", "value": "<sound>\nTranscribe the input speech."},
                 {"from": "gpt", "value": "hello"},
@@ -67,6 +68,7 @@ def test_nvidia_rows_are_accepted() -> None:
     )  # fmt: skip
     assert row.prompt == ({"role": "user", "content": "Transcribe the input speech."},)
     assert (row.answer, row.audio, row.duration_s) == ("hello", "clip.wav", 12.5)
+    assert (row.choices, row.metadata) == (("yes",), {"speaker": "a"}), "nothing is lost"
 
 
 def test_trl_conversational_rows_are_accepted() -> None:

@@ -11,7 +11,7 @@ from posttrain.config import load_recipe
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches
-from posttrain.train.grpo import GrpoLoop, sampling_seed, score
+from posttrain.train.grpo import GrpoLoop, advantages_of, sampling_seed, score
 from posttrain.train.held_out import RowScore, bootstrap_ci95, compare
 from posttrain.train.run_folder import RunFolder
 from posttrain.train.schedule import lr_factor
@@ -45,6 +45,16 @@ def test_data_mistakes_are_named(recipe_file: Path, timelines: Path) -> None:
     many = load_recipe(recipe_file, ["training.prompts_per_step=64"])
     with pytest.raises(ValueError, match="more than the 32 rows"):
         PromptBatches.from_recipe(many)
+    for override, key in (
+        ("model.max_audio_len_s=5", "model.max_audio_len_s=5"),
+        ("rollout.max_model_len=300", "rollout.max_model_len=300"),
+    ):
+        with pytest.raises(ValueError, match=f"row .* s.*{key}"):
+            PromptBatches.from_recipe(load_recipe(recipe_file, [override]))
+    source = timelines / "test.jsonl"
+    twice = [f"data.{part}.x.path={source}" for part in ("held_out", "reported")]
+    with pytest.raises(ValueError, match=r"data.reported.x: data.held_out has this name too"):
+        load_recipe(recipe_file, twice)
     chat = timelines / "chat.jsonl"
     chat.write_text('{"id": "c", "prompt": "Hello?"}\n')
     text_only = load_recipe(recipe_file, [f"data.train.main.path={chat}"])
@@ -138,7 +148,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_reason(recipe_file: Path) ->
 
     group = Group("g", "p", (1,), (Completion((1,), (0.0,), "", "stop", 0),))
     with pytest.raises(RuntimeError, match="my_reward on row 'x'"):
-        score(failing, [object()], [group])
+        advantages_of(score(failing, [object()], [group]), "group")
 
 
 def test_nan_steps_are_counted_and_end_the_run(recipe_file: Path) -> None:

@@ -85,7 +85,7 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
     all_labels = [s.label for s in load_sounds(clips)]
     tokenizer = nano.build_tokenizer(_corpus(heard, all_labels), nano.NanoSize().vocab_size)
     processor = nano.build_processor(tokenizer)
-    done = _Stages(out_dir)
+    done = _Stages(out_dir, asdict(settings))
     model = load_model(out_dir) if done.seconds else nano.build_model(nano.build_config(tokenizer))
     labels, seed = [s.label for s in heard], settings.seed
     drills = Drills(tokenizer, labels, seed)
@@ -203,16 +203,30 @@ def frame_loss(frames_NH: Tensor, spelled_N: Tensor, table_VH: Tensor) -> Tensor
 
 
 class _Stages:
-    """Stages that a folder holds, with their seconds, so that a broken-off build goes on after."""
+    """Stages that a folder holds, with their seconds, so that a broken-off build goes on after.
 
-    def __init__(self, out_dir: Path) -> None:
+    Raises:
+        ValueError: the folder was begun with other settings.
+    """
+
+    def __init__(self, out_dir: Path, settings: dict[str, Any]) -> None:
         self.path = out_dir / "stages.json"
-        text = self.path.read_text() if self.path.exists() else "{}"
-        self.seconds: dict[str, float] = json.loads(text)
+        self.settings = settings
+        self.seconds: dict[str, float] = {}
+        if self.path.exists():
+            kept = json.loads(self.path.read_text())
+            self.seconds = kept["seconds"]
+            for key in settings:
+                if kept["settings"][key] != settings[key]:
+                    raise ValueError(
+                        f"{self.path}: begun with {key}={kept['settings'][key]}, now "
+                        f"{settings[key]}; take another folder, or remove this one"
+                    )
 
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = round(seconds, 1)
-        self.path.write_text(json.dumps(self.seconds))
+        facts = {"settings": self.settings, "seconds": self.seconds}
+        self.path.write_text(json.dumps(facts))
 
 
 def _corpus(sounds: Sequence[Sound], labels: Sequence[str]) -> Iterator[str]:
@@ -250,12 +264,12 @@ def _train(model: nn.Module, stage: Stage, settings: PretrainSettings, journal: 
     with tqdm(range(stage.steps), desc=f"nano {stage.name}") as bar:
         for step in bar:
             metrics: dict[str, float] = {}
-            for stream, losses_of in streams:
+            for lesson, (stream, losses_of) in enumerate(streams, start=1):
                 batch = next(stream)
                 with torch.autocast("cpu", torch.bfloat16):
                     losses = losses_of(model, batch)
                 sum(losses.values(), start=torch.zeros(())).backward()
-                metrics |= {name: loss.item() for name, loss in losses.items()}
+                metrics |= {f"{lesson}/{name}": loss.item() for name, loss in losses.items()}
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,14 +25,20 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Reads WANDB_API_KEY from the environment; the project is `posttrain`."""
+    """Reads WANDB_API_KEY from the environment; the project is `posttrain`.
+
+    A resumed run goes on under the id that its folder keeps; another run of the same name does not.
+    """
 
     def __init__(self, recipe: Recipe, path: Path) -> None:
         import wandb
 
+        kept = path / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project="posttrain", name=path.name, dir=str(path), config=asdict(recipe),
-            id=path.name, resume="allow",
+            id=kept.read_text(), resume="allow",
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

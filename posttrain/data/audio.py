@@ -10,6 +10,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE_HZ = 16_000
+AUDIO_TOKENS_PER_S = 25  # AF-Next: 40 ms an embedding
 SILENCE_PEAK = 1e-5
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from posttrain.data.audio import SAMPLE_RATE_HZ, write_audio
+from posttrain.data.audio import AUDIO_TOKENS_PER_S, SAMPLE_RATE_HZ, write_audio
 from posttrain.rollout.settings import EngineSettings
 from posttrain.types import PromptRequest, SamplingSettings
 
@@ -92,8 +92,8 @@ def measure_parity(
 
 
 def _model_len(longest_s: float) -> int:
-    """Tokens of the longest clip at 25 a second, and room for text."""
-    return int(longest_s * 25) + MARGIN_TOKENS
+    """Tokens of the longest clip, and room for text."""
+    return int(longest_s * AUDIO_TOKENS_PER_S) + MARGIN_TOKENS
 
 
 def _requests(clips_s: Sequence[float], folder: Path, seed: int) -> list[PromptRequest]:

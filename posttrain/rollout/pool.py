@@ -102,7 +102,7 @@ class RolloutPool:
             raise error.as_instanceof_cause() from error
         except (RayActorError, GetTimeoutError) as error:
             raise RuntimeError(
-                f"a rollout worker did not start: {str(error).splitlines()[0]}; out of memory? "
+                f"a rollout worker did not start: {str(error).splitlines()[-1]}; out of memory? "
                 "lower rollout.gpu_memory_utilization or rollout.max_model_len"
             ) from error
         self.places |= dict(zip(workers, places, strict=True))

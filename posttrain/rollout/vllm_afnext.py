@@ -39,7 +39,6 @@ from vllm.platforms import current_platform
 from vllm.utils.tensor_schema import TensorSchema, TensorShape
 
 from posttrain.model.checkpoint_keys import IGNORED_SUFFIXES
-from posttrain.rollout.cpu_attention import use_long_context_attention
 
 logger = init_logger(__name__)
 
@@ -114,6 +113,8 @@ class AFNextForConditionalGeneration(AudioFlamingo3ForConditionalGeneration):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if current_platform.is_cpu():
+            from posttrain.rollout.cpu_attention import use_long_context_attention
+
             use_long_context_attention()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pos_emb = MusicFlamingoRotaryEmbedding(self.config)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posttrain.data.audio import audio_duration_s
+from posttrain.data.audio import AUDIO_TOKENS_PER_S, audio_duration_s
 from posttrain.data.rows import Row, read_rows
 from posttrain.schema import DataSource, Recipe
 
 DURATION_SLACK_S = 0.1
-AUDIO_TOKENS_PER_S = 25
 
 
 @dataclass(frozen=True)

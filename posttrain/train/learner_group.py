@@ -74,7 +74,7 @@ class LearnerGroup:
             raise error.as_instanceof_cause() from error
         except RayActorError as error:
             raise RuntimeError(
-                f"a learner process died: {str(error).splitlines()[0]}; out of memory? "
+                f"a learner process died: {str(error).splitlines()[-1]}; out of memory? "
                 "learner.zero_stage=3, learner.cpu_offload or fewer "
                 "training.per_device_group_batch_size; resume=auto goes on from the last checkpoint"
             ) from error

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_recipes import timelines
 from data_recipes.timelines import Sound, TimelineSpec
+from posttrain.data.audio import AUDIO_TOKENS_PER_S
 from posttrain.data.chat import assistant_mask, drop_tokenless_tail, render
 from posttrain.data.rows import Event
 
@@ -32,7 +33,6 @@ LESSONS = {"list": 0.4, "chain": 0.2, "direct": 0.4}
 HABITS = {"list": 0.5, "chain": 0.15, "hasty": 0.35}
 FOLLOW_UPS = 2
 UNPREDICTABLE_WEIGHT = 0.05
-FRAMES_PER_S = 25
 Pieces = list[tuple[str, float]]  # text and the weight of its tokens in the loss
 # (until step, rows of each kind): recite, pairs, spans
 CURRICULUM = ((180, (32, 0, 0)), (260, (8, 48, 0)), (math.inf, (4, 12, 24)))
@@ -177,7 +177,7 @@ class Conversations:
             text = f" {timelines.describe([event])}"
             encoded = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
             ids = encoded["input_ids"][0]
-            rest = spelled_F[round(event.start_s * FRAMES_PER_S) :]
+            rest = spelled_F[round(event.start_s * AUDIO_TOKENS_PER_S) :]
             rest.fill_(silence)  # an overlapping event cuts the one before short
             rest[: len(ids)] = ids[: len(rest)]
         return spelled_F

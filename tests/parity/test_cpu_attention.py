@@ -63,7 +63,7 @@ def test_attention_equals_float64(cached, num_rows: int) -> None:
     exact_THD = (weights_HTK @ values.double().repeat_interleave(group, 0)).transpose(0, 1)
     error = (ours_THD - exact_THD).abs().max() / exact_THD.abs().max()
     print(f"{num_rows} rows: largest error {error:.1e} of the largest output")
-    assert error <= 5e-6
+    assert error <= (1e-7 if num_rows < 64 else 5e-6), "few rows are summed in float64"
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""`posttrain`: check, run, doctor, schema, nano, parity. Heavy imports wait for their command."""
+"""`posttrain`: check, run, score, doctor, schema, nano, parity.
+
+Heavy imports wait for their command.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("checkpoint", type=Path)
     card.set_defaults(command=_nano_card)
 
+    score = commands.add_parser("score", help="score a model's outputs offline")
+    score.add_argument("--reward", required=True, metavar="NAME[,NAME...]",
+                       help="names, or package.module:function of your own")  # fmt: skip
+    score.add_argument("--in", dest="source", type=Path, required=True, metavar="ROWS.jsonl")
+    score.add_argument("--out", type=Path, required=True, metavar="SCORED.jsonl")
+    score.add_argument("--prior", type=Path, default=None, help="prior.json of a run")
+    score.add_argument("--packed", choices=("refuse", "accept"), default="refuse")
+    score.add_argument("--head", type=Path, default=None,
+                       help="folder of a learned reward, for audio_text_grounding")  # fmt: skip
+    score.add_argument("--checkpoint", default=None,
+                       help="checkpoint for audio_text_grounding and evidence_ablation")  # fmt: skip
+    score.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    score.set_defaults(command=_score)
+
     parity = commands.add_parser("parity", help="compare vLLM with transformers on a checkpoint")
     parity.add_argument("checkpoint")
     parity.add_argument("--json", action="store_true", help="print one JSON object")
@@ -80,7 +97,10 @@ def _run(args: argparse.Namespace) -> None:
     from posttrain.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from posttrain.train.grpo import train
+    if recipe.kind == "reward":
+        from posttrain.train.reward_grounding import train_reward as train
+    else:
+        from posttrain.train.grpo import train
 
     folder = train(recipe)
     print(f"run folder: {folder}")
@@ -111,6 +131,15 @@ def _nano_card(args: argparse.Namespace) -> None:
     from posttrain.train.nano_card import write_card
 
     print(write_card(args.checkpoint))
+
+
+def _score(args: argparse.Namespace) -> int:
+    from posttrain.score import score_command
+
+    return score_command(
+        args.reward.split(","), args.source, args.out, prior=args.prior, packed=args.packed,
+        head=args.head, checkpoint=args.checkpoint, as_json=args.json,
+    )  # fmt: skip
 
 
 def _parity(args: argparse.Namespace) -> int:

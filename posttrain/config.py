@@ -178,6 +178,8 @@ def _schema_of(hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": _schema_of(args[0])}
     if origin in (Union, types.UnionType):
         return {"anyOf": [_schema_of(arg) for arg in args]}
+    if hint is Any:
+        return {}
     names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
     return {"type": names[hint]}
 

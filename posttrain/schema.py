@@ -1,20 +1,22 @@
 """What a recipe may say: one dataclass a section, defaults included. No torch.
 
 Hyper-parameters are named and mean what they do in TRL's GRPOConfig; units stand in the names.
-One default differs: `mask_truncated_completions` is on, and a truncated completion then has no
-reward at all, so it leaves its group's mean too (in TRL it only leaves the loss).
+One differs: `scoring.truncated` stands for `mask_truncated_completions`; a dropped completion has
+no reward at all, so it leaves its group's mean too (in TRL it only leaves the loss).
 `validate` holds the rules that tie fields together: they raise and never rewrite.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
 IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 REPORTERS = ("tensorboard", "wandb", "trackio")
-LATER_KINDS = ("sft", "distill", "on_policy_distill", "dpo", "reward", "ladder")
+LATER_KINDS = ("sft", "distill", "on_policy_distill", "dpo", "ladder")
+KINDS = ("grpo", "reward")
 
 
 @dataclass
@@ -68,8 +70,28 @@ class RewardConfig:
     """One term of the weighted sum."""
 
     weight: float = 1.0
-    gate: bool = False
-    """A value of 0 or less sets the whole sum to 0."""
+    gate: str | None = None
+    """Another reward of the recipe; this term counts only where that one is scored above 0."""
+    path: str | None = None
+    """package.module:name of a reward of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reward; docs/rewards.md lists them."""
+
+
+@dataclass
+class ScoringConfig:
+    """How rewards are run, and what becomes of completions without one."""
+
+    truncated: str = "drop"
+    """drop: out of loss and group mean; "0": a score of 0; score: like any other."""
+    errored: str = "drop"
+    """drop: out of loss and group mean, counted and shown; stop: end the run."""
+    timeout_s: float = 60.0
+    """For one completion; past it the sample is errored."""
+    num_threads: int = 16
+    """Completions scored side by side: learned rewards form their batches from them."""
+    prior: str | None = None
+    """File of a blind prior; None: fitted on the training rows and saved with the run."""
 
 
 @dataclass
@@ -100,7 +122,8 @@ class AlgorithmConfig:
     num_iterations: int = 1
     """Optimizer passes over one batch of rollouts."""
     scale_rewards: str = "group"
-    mask_truncated_completions: bool = True
+    multi_objective_aggregation: str = "sum_then_normalize"
+    """sum_then_normalize, or normalize_then_sum: each reward by itself within its group."""
     use_bias_correction_kl: bool = True
     vllm_importance_sampling_correction: bool = True
     vllm_importance_sampling_mode: str = "sequence_mask"
@@ -173,6 +196,23 @@ class RolloutConfig:
 
 
 @dataclass
+class RewardModelConfig:
+    """The head that `kind: reward` trains over frozen audio and text features."""
+
+    width: int = 256
+    dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Frames between the taps of each convolution."""
+    dropout: float = 0.1
+    batch_size: int = 16
+    """Clips."""
+    absent_phrases: int = 8
+    """Phrases of other clips asked of every batch."""
+    max_windows: int = 2
+    """Encoder windows of a clip that a step sees; longer clips are cropped."""
+    feature_cache_gib: float = 4.0
+
+
+@dataclass
 class EvaluationConfig:
     """Held-out evaluation: greedy, same rows every time, before and after training."""
 
@@ -197,12 +237,14 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
 
 # fmt: off
@@ -212,13 +254,46 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     Raises:
         ValueError: the key, its value and the fix.
     """
-    r, s, a, t = recipe, recipe.sampling, recipe.algorithm, recipe.training
+    r = recipe
     _within_limits(recipe)
     if r.kind in LATER_KINDS:
-        raise ValueError(f"kind={r.kind}: not in this version yet; kinds that run: grpo")
-    _one_of("kind", r.kind, ("grpo",))
+        raise ValueError(
+            f"kind={r.kind}: not in this version yet; kinds that run: {', '.join(KINDS)}"
+        )
+    _one_of("kind", r.kind, KINDS)
     _one_of("resume", r.resume, ("auto", "never"))
     _one_of("model.dtype", r.model.dtype, ("bfloat16", "float32"))
+    _one_of("learner.device", r.learner.device, ("auto", "cuda", "cpu"))
+    for reporter in r.report_to:
+        _one_of("report_to", reporter, REPORTERS)
+    _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
+    _rule(r.data.train, "data.train={}", "name at least one source with a path")
+    for name in sorted(r.data.held_out.keys() & r.data.reported.keys()):
+        raise ValueError(f"data.reported.{name}: data.held_out has this name too; rename one")
+    if r.kind == "grpo":
+        _validate_rewards(recipe, known_rewards)
+        _validate_grpo(recipe)
+
+
+def _validate_rewards(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
+    r, a = recipe, recipe.algorithm
+    _rule(r.rewards, "rewards={}", "name at least one reward, such as timestamp_grounding")
+    for name, term in r.rewards.items():
+        _rule(name in known_rewards or term.path, f"rewards.{name}: unknown reward",
+              f"known: {', '.join(known_rewards)}; for your own give rewards.{name}.path")
+        _rule(term.gate is None or (term.gate in r.rewards and term.gate != name),
+              f"rewards.{name}.gate={term.gate}", "must name another reward of the recipe")
+    _one_of("scoring.truncated", r.scoring.truncated, ("drop", "0", "score"))
+    _one_of("scoring.errored", r.scoring.errored, ("drop", "stop"))
+    _one_of("algorithm.multi_objective_aggregation", a.multi_objective_aggregation,
+            ("sum_then_normalize", "normalize_then_sum"))
+    if "format" in r.rewards:
+        weight = r.rewards["format"].weight
+        _rule(weight <= 0.2, f"rewards.format.weight={weight}", "at most 0.2, or form is all")
+
+
+def _validate_grpo(recipe: Recipe) -> None:
+    r, s, a, t = recipe, recipe.sampling, recipe.algorithm, recipe.training
     _one_of("algorithm.loss_type", a.loss_type, LOSS_TYPES)
     _one_of("algorithm.importance_sampling_level", a.importance_sampling_level,
             ("token", "sequence"))
@@ -226,22 +301,8 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     _one_of("algorithm.vllm_importance_sampling_mode", a.vllm_importance_sampling_mode, IS_MODES)
     _one_of("rollout.engine", r.rollout.engine, ("vllm", "transformers"))
     _one_of("rollout.weight_sync", r.rollout.weight_sync, ("auto", "full", "adapter"))
-    _one_of("learner.device", r.learner.device, ("auto", "cuda", "cpu"))
     _one_of("rollout.device", r.rollout.device, ("auto", "cuda", "cpu"))
     _one_of("training.lr_scheduler_type", t.lr_scheduler_type, ("cosine", "linear", "constant"))
-    for reporter in r.report_to:
-        _one_of("report_to", reporter, REPORTERS)
-    _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
-    _rule(r.data.train, "data.train={}", "name at least one source with a path")
-    for name in sorted(r.data.held_out.keys() & r.data.reported.keys()):
-        raise ValueError(f"data.reported.{name}: data.held_out has this name too; rename one")
-    _rule(r.rewards, "rewards={}", "name at least one reward, such as timestamp_grounding")
-    for name in r.rewards:
-        if name not in known_rewards:
-            raise ValueError(f"rewards.{name}: unknown reward; known: {', '.join(known_rewards)}")
-    if "format" in r.rewards:
-        weight = r.rewards["format"].weight
-        _rule(weight <= 0.2, f"rewards.format.weight={weight}", "at most 0.2, or form is all")
     _rule(s.num_generations >= 2, f"sampling.num_generations={s.num_generations}",
           "at least 2: the advantage is relative to the group")
     _rule(s.temperature > 0, f"sampling.temperature={s.temperature}",
@@ -304,6 +365,8 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("rollout.max_num_seqs", 1, 1e6),
     ("rollout.timeout_s", 1, 1e9),
     ("rollout.max_restarts", 0, 1e9),
+    ("scoring.timeout_s", 0.01, 1e9),
+    ("scoring.num_threads", 1, 1_000),
     ("evaluation.bootstrap_samples", 100, 1e9),
 )
 

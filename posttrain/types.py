@@ -33,6 +33,7 @@ class Task(StrEnum):
     ORDER = "order"
     COUNT = "count"
     ABSENT = "absent"
+    POINTS = "points"
     CHOICE = "choice"
     TRANSCRIPT = "transcript"
     TRANSLATION = "translation"
@@ -161,6 +162,37 @@ class Reward(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, row: Row, completion: Completion) -> RewardResult: ...
+
+
+class AudioTextScorer(Protocol):
+    """Says where in a clip a phrase is heard. Implementation: `posttrain.model.audio_text`."""
+
+    def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+        """(N,) probability of every frame of the file that it holds the phrase, and seconds a
+        frame."""
+        ...
+
+    def claim_probabilities(
+        self, audio: str, claims: Sequence[tuple[str, float, float]]
+    ) -> list[float]:
+        """Probability of each (phrase, start_s, end_s) that exactly this span holds it."""
+        ...
+
+
+class AnswerScorer(Protocol):
+    """Log-probabilities of an answer when parts of the audio are silent."""
+
+    def answer_logprobs(
+        self,
+        audio: str,
+        prompt: Sequence[Mapping[str, Any]],
+        completion: str,
+        answer: str,
+        silenced: Sequence[Sequence[tuple[float, float]]],
+    ) -> list[float]:
+        """Natural log-probability of `answer`, the end of `completion`, for each set of silenced
+        spans in seconds."""
+        ...
 
 
 class Engine(Protocol):

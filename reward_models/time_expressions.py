@@ -43,8 +43,8 @@ _JOINER = re.compile(
 )
 _END_CUE = re.compile(
     r"[\s\"')\]]{0,3}(?:,|;|\band\b|\bthen\b|\bund\b|\bet\b|\by\b|\bи\b)?[\s\"']{0,2}"
-    r"(?:and |then |it )?\"?(?:end(?:s|ing|ed)?|stop(?:s|ping|ped)?|finish(?:es|ing|ed)?|offset|fad(?:es|ing)|until|"
-    r"endet|finit|termina|заканчивается)(?:[ _]time)?\"?(?: out)?[\s:=]{0,3}"
+    r"(?:and |then |it )?\"?(?:end(?:s|ing|ed)?|stop(?:s|ping|ped)?|finish(?:es|ing|ed)?|offset|"
+    r"fad(?:es|ing)|until|endet|finit|termina|заканчивается)(?:[ _]time)?\"?(?: out)?[\s:=]{0,3}"
     r"(?:at|around|by|um|à|en|в)?\s{0,2}$"
 )
 _START_CUE = re.compile(
@@ -53,7 +53,8 @@ _START_CUE = re.compile(
 )
 _BRACKETS = re.compile(
     rf"(?P<bracket>[\[(])\s{{0,3}}(?P<first>{_NUMBER.replace('[.,]', '[.]')})"
-    rf"\s{{0,3}}(?:{words.JOINER}|,)\s{{0,3}}(?P<second>{_NUMBER.replace('[.,]', '[.]')})\s{{0,3}}[\])]"
+    rf"\s{{0,3}}(?:{words.JOINER}|,)\s{{0,3}}"
+    rf"(?P<second>{_NUMBER.replace('[.,]', '[.]')})\s{{0,3}}[\])]"
 )
 _LINE_START = re.compile(
     r"^\s*(?:[-*•#>]{1,3}|\(?\d{1,3}[.)]|\(?[a-z][.)])?\s*[\"'\[({<*|]{0,3}\s*$"
@@ -171,9 +172,9 @@ def _word_atoms(text: str) -> Iterator[_Atom]:
         position = text.find(stem)
         while position >= 0:
             before = max(0, position - 32)
-            if number := _WORD_BEFORE.search(text[before:position]):
-                if match := _WORD_ATOM.match(text, before + number.start()):
-                    yield from _quantity(text, match)
+            number = _WORD_BEFORE.search(text[before:position])
+            if number and (match := _WORD_ATOM.match(text, before + number.start())):
+                yield from _quantity(text, match)
             if match := _NAMED.match(text, position - 2 * text.startswith("ال", position - 2)):
                 scale = 60.0 if match["minute_n"] else 1.0
                 yield _Atom("named", scale * words.number_value(match["named"]), *match.span(),

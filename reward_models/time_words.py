@@ -57,8 +57,29 @@ UNIT_BEFORE_NUMBER = (
     r"(?P<second_n>second|sec|sekunde|seconde|segundo|секунд[аеуы]|(?:ال)?ثانية)"
 )
 
-_EN_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # noqa: E501
-_EN_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_EN_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_EN_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _OTHER_NUMBERS = {
     1: "ein eins eine einer une un uno una один одну одна одной واحد واحدة",
     2: "zwei deux dos две два двух اثنان اثنين",
@@ -153,7 +174,8 @@ ADVERB = (
     r"около|примерно|почти|حوالي|大约|大約|約|约|了)"
 )
 _LENGTH_BEFORE = (
-    r"last(?:s|ed|ing)?|for|every|within|takes?|took|taking|been|spans?|spanning|continu\w{1,3} for|"
+    r"last(?:s|ed|ing)?|for|every|within|takes?|took|taking|been|spans?|spanning|"
+    r"continu\w{1,3} for|"
     r"duration(?: of| is| was)?|length(?: of| is| was)?|total(?:ing| of)?|runtime(?: of| is)?|"
     r"runs?|per|another|additional|next|than|each|over|during|wait(?:s|ed|ing)?|holds?|"
     r"seit|dauert|dauerte|lang|für|während|alle|innerhalb von|"
@@ -202,7 +224,10 @@ BEFORE_END = re.compile(
     r"?\s{0,2}(?:the|dem|la|le|el|the very)?\s{0,2}(?:very )?"
     r"(?:end|close|finish|ende|schluss|fin|final|конца|النهاية|نهاية)\b"
 )
-FIRST_WORDS = r"first|opening|initial|ersten|premi(?:ère|er)s|primer[oa]s|перв(?:ые|ых)|أول|最初の?|前|开头|開頭"
+FIRST_WORDS = (
+    r"first|opening|initial|ersten|premi(?:ère|er)s|primer[oa]s|перв(?:ые|ых)|أول|最初の?|前|"
+    r"开头|開頭"
+)
 LAST_WORDS = (
     r"last|final|closing|letzten|derni(?:ère|er)s|últim[oa]s|последни[ех]|последних|آخر|最[后後]の?"
 )

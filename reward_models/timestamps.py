@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 
 from reward_models import time_markup as markup
 from reward_models.spans_found import Found
@@ -98,6 +99,12 @@ def parse_spans(
         raise ValueError(f"parse_spans: form {form!r}; one of {FORMS}")
     if duration_s is not None and not duration_s > 0:
         raise ValueError(f"parse_spans: duration_s {duration_s!r}; seconds above 0, or None")
+    return _parse(text, duration_s, form)
+
+
+@lru_cache(maxsize=64)
+def _parse(text: str, duration_s: float | None, form: str | None) -> ParsedSpans:
+    """Several rewards read the same answer: the last few results are kept."""
     found, attempted = _read(normalise(text), duration_s, form)
     if found:
         spans = _in_one_dialect(found, duration_s)

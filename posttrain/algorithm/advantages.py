@@ -49,3 +49,34 @@ def group_advantages(
         raise ValueError(f"scale_rewards={scale_rewards!r}; group, batch or none")
     zero_variance = (std_N1 < 1e-8).float().mean().item()
     return advantages, {"reward/zero_variance_groups": zero_variance}
+
+
+def decoupled_advantages(
+    rewards_NGK: Tensor, weights_K: Tensor, valid_NG: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Each reward normalised within its group by itself, then the weighted sum over the batch.
+
+    Keeps a reward of small spread from vanishing beside one of large spread.
+
+    Args:
+        rewards_NGK: (N, G, K rewards) float32; NaN where a reward does not apply.
+        weights_K: (K,) weights.
+        valid_NG: bool (N, G), True where the completion counts at all.
+
+    Returns:
+        As `group_advantages`; a group counts as of no variance when all of its rewards are equal.
+
+    Source: GDPO (arXiv 2601.05242), `normalize_then_sum` of TRL.
+    """
+    rewards_NGK = rewards_NGK.masked_fill(~valid_NG.unsqueeze(-1), float("nan"))
+    known_NGK = ~rewards_NGK.isnan()
+    mean_N1K = rewards_NGK.nanmean(1, keepdim=True)
+    centred = torch.where(known_NGK, rewards_NGK - mean_N1K, torch.zeros(()))
+    count_N1K = known_NGK.sum(1, keepdim=True)
+    std_N1K = (centred.square().sum(1, keepdim=True) / (count_N1K - 1).clamp(min=1)).sqrt()
+    total_NG = (centred / (std_N1K + STD_FLOOR) * weights_K).sum(-1)
+    valid = total_NG[valid_NG]
+    spread = valid.std(correction=1).nan_to_num(0.0) + STD_FLOOR
+    advantages = torch.where(valid_NG, (total_NG - valid.mean()) / spread, torch.zeros(()))
+    zero_variance = (std_N1K < 1e-8).all(-1).float().mean().item()
+    return advantages, {"reward/zero_variance_groups": zero_variance}

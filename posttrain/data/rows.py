@@ -25,6 +25,7 @@ from typing import Any
 from posttrain.types import Task
 
 AUDIO_TASKS = frozenset(Task) - {Task.CHAT, Task.REFUSAL}
+TIMED_TASKS = (Task.GROUNDING, Task.POINTS, Task.DENSE)
 EVENT_SLACK_S = 0.05
 Message = Mapping[str, Any]
 
@@ -201,7 +202,7 @@ def _build(record: Mapping[str, Any], where: str, base_dir: Path | None) -> Row:
         audio=audio,
         duration_s=_number(record.get("duration_s"), f"{where}: duration_s"),
         task=_task(record.get("task", "chat" if audio is None else None), where),
-        events=_events(record.get("events") or (), where),
+        events=parse_events(record.get("events") or (), where),
         query=record.get("query"),
         answer=str(answer),
         choices=tuple(record.get("choices") or ()),
@@ -249,12 +250,17 @@ def _task(value: Any, where: str) -> Task:
         ) from None
 
 
-def _events(records: Iterable[Any], where: str) -> tuple[Event, ...]:
+def parse_events(records: Iterable[Any], where: str) -> tuple[Event, ...]:
+    """Events in order of start from `{start_s, end_s, label}` records; ValueError names the bad one."""
     events = []
     for i, record in enumerate(records):
         at = f"{where}: events[{i}]"
         if isinstance(record, Event):
             record = asdict(record)
+        if not isinstance(record, Mapping):
+            raise ValueError(
+                f"{at} is {record!r}; an object with start_s, end_s and label is needed"
+            )
         start_s = _number(record.get("start_s"), f"{at}.start_s")
         end_s = _number(record.get("end_s"), f"{at}.end_s")
         if start_s is None or end_s is None:
@@ -275,12 +281,12 @@ def _validate(row: Row, where: str) -> None:
         limit_s = (row.duration_s or 0.0) + EVENT_SLACK_S
         if event.start_s < 0 or event.end_s > limit_s:
             raise ValueError(f"{at} lies outside the clip of {row.duration_s} s; correct it")
-    if row.task in (Task.GROUNDING, Task.DENSE) and row.events and not row.target_spans:
+    if row.task in TIMED_TASKS and row.events and not row.target_spans:
         raise ValueError(
             f"{where}: {row.task.value} row with query {row.query!r} and no such event; "
             "add the event, or use task 'absent'"
         )
-    if row.task in (Task.GROUNDING, Task.DENSE) and not row.events:
+    if row.task in TIMED_TASKS and not row.events:
         raise ValueError(
             f"{where}: {row.task.value} row without `events`; label them, or use task 'absent'"
         )

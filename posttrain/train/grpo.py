@@ -21,17 +21,19 @@ from typing import Any
 
 import torch
 
-from posttrain.algorithm.advantages import group_advantages
+from posttrain.algorithm.advantages import decoupled_advantages, group_advantages
 from posttrain.data.rows import Row
-from posttrain.schema import Recipe
+from posttrain.schema import AlgorithmConfig, Recipe, ScoringConfig
 from posttrain.train import held_out
 from posttrain.train.batches import PromptBatches
 from posttrain.train.learner import ScoredGroup
 from posttrain.train.progress import Progress
 from posttrain.train.resources import Cluster, start_cluster
+from posttrain.train.rewards import check_rewards, errors_of, recipe_rewards
 from posttrain.train.run_folder import RunFolder
-from posttrain.types import Group, PromptRequest, RewardResult, RewardStatus, SamplingSettings
-from reward_models.registry import WeightedSum, build_rewards, check_scorable
+from posttrain.types import Group, PromptRequest, RewardResult, SamplingSettings
+from reward_models.registry import WeightedSum
+from reward_models.scoring import score_all
 
 
 def train(recipe: Recipe) -> Path:
@@ -39,13 +41,10 @@ def train(recipe: Recipe) -> Path:
     if Path(recipe.model.path).exists():
         recipe.model.path = str(Path(recipe.model.path).resolve())
     data = PromptBatches.from_recipe(recipe)
-    reward = build_rewards(
-        {name: (term.weight, term.gate) for name, term in recipe.rewards.items()},
-        score_truncated=not recipe.algorithm.mask_truncated_completions,
-    )
-    check_scorable(reward, data.rows)
+    check_rewards(recipe, data.rows)
     run = RunFolder(recipe)
     with start_cluster(recipe, run.checkpoint) as cluster:
+        reward = recipe_rewards(recipe, data.rows, run.path)
         loop = GrpoLoop(recipe, run, data, reward, cluster)
         loop.evaluate("before", 0)
         for step in loop.progress.track(run.steps_done, recipe.training.max_steps):
@@ -79,9 +78,12 @@ class GrpoLoop:
         """Sample, score, advantage, update, sync, log; rollouts first, to look at what failed."""
         rows = self.data.batch(step)
         groups = self.sample(rows, step)
-        results = score(self.reward, rows, groups)
+        results = score(self.reward, rows, groups, self.recipe.scoring)
         self.run.log_rollouts(rows, groups, results, step + 1)
-        advantages, metrics = advantages_of(results, self.recipe.algorithm.scale_rewards)
+        errors = errors_of(results, self.recipe.scoring.errored)
+        self.progress.warn_of_errors(results, step + 1)
+        advantages, metrics = advantages_of(results, self.reward, self.recipe.algorithm)
+        metrics |= errors
         scored = scored_groups(rows, groups, results, advantages)
         metrics |= self.cluster.learners.update(scored, step)
         self.check_skipped(bool(metrics["train/skipped"]), step)
@@ -200,29 +202,37 @@ def sampling_seed(run_seed: int, step: int, prompt_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def score(reward: Any, rows: Sequence[Row], groups: Sequence[Group]) -> list[list[RewardResult]]:
+def score(
+    reward: WeightedSum, rows: Sequence[Row], groups: Sequence[Group], scoring: ScoringConfig
+) -> list[list[RewardResult]]:
     """One result a completion."""
-    return [
-        [reward(row, completion) for completion in group.completions]
-        for row, group in zip(rows, groups, strict=True)
-    ]
+    items = [(row, c) for row, group in zip(rows, groups, strict=True) for c in group.completions]
+    results = iter(
+        score_all(reward, items, timeout_s=scoring.timeout_s, num_threads=scoring.num_threads)
+    )
+    return [[next(results) for _ in group.completions] for group in groups]
 
 
 def advantages_of(
-    results: Sequence[Sequence[RewardResult]], scale_rewards: str
+    results: Sequence[Sequence[RewardResult]], reward: WeightedSum, algorithm: AlgorithmConfig
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(N, G) advantages and reward metrics.
 
     Raises:
-        RuntimeError: a reward raised or was not finite; the first reason is quoted.
         ValueError: no completion has a reward.
     """
-    errors = [r.reason for line in results for r in line if r.status is RewardStatus.ERRORED]
-    if errors:
-        raise RuntimeError(f"{len(errors)} completions could not be scored; first: {errors[0]}")
     values = torch.tensor([[r.value or 0.0 for r in line] for line in results])
     valid = torch.tensor([[r.value is not None for r in line] for line in results])
-    advantages, metrics = group_advantages(values, valid, scale_rewards)
+    if algorithm.multi_objective_aggregation == "normalize_then_sum":
+        nan = float("nan")
+        parts = torch.tensor(
+            [[[r.breakdown.get(name, nan) for name in reward.weights] for r in line]
+             for line in results]
+        )  # fmt: skip
+        weights = torch.tensor(list(reward.weights.values()))
+        advantages, metrics = decoupled_advantages(parts, weights, valid)
+    else:
+        advantages, metrics = group_advantages(values, valid, algorithm.scale_rewards)
     metrics["reward/mean"] = float(values[valid].mean())
     metrics["reward/std"] = float(values[valid].std(correction=0))
     return advantages, metrics

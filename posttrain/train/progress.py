@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from posttrain.types import RewardResult, RewardStatus
 
 
 class Progress:
@@ -33,8 +35,18 @@ class Progress:
                 tok_s=f"{metrics['rollout/tokens_per_s']:.0f}",
             )
 
+    def warn_of_errors(self, results: Sequence[Sequence[RewardResult]], step: int) -> None:
+        """Says how many completions of the step could not be scored, and why the first."""
+        reasons = [r.reason for line in results for r in line if r.status is RewardStatus.ERRORED]
+        if reasons:
+            self._write(f"step {step}: {len(reasons)} completions not scored; first: {reasons[0]}")
+
     def note(self, title: str, values: Mapping[str, float]) -> None:
-        line = f"{title}: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self._write(
+            f"{title}: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        )
+
+    def _write(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line)
         else:

@@ -15,7 +15,7 @@ LAYERS = (
     ("posttrain.rollout",),
     ("posttrain.algorithm",),
     ("posttrain.train",),
-    ("posttrain.doctor", "posttrain.quickstart"),
+    ("posttrain.doctor", "posttrain.quickstart", "posttrain.score"),
     ("posttrain.cli",),
 )
 

@@ -124,7 +124,7 @@ def test_hostile_text_takes_linear_time(piece: str) -> None:
         times = []
         for _ in range(2):
             started = time.process_time()
-            parse_spans(text, 1800.0, form="grounding")
+            parse_spans(text, 1800.0 + len(times), form="grounding")  # never the same call twice
             times.append(time.process_time() - started)
         return min(times)
 
@@ -134,8 +134,9 @@ def test_hostile_text_takes_linear_time(piece: str) -> None:
 
 def test_random_text_never_raises_and_spans_are_finite() -> None:
     rng = random.Random(0)
-    alphabet = list("0123456789:.,-<>t/[]{}()'\" \nsm秒分到٠") + [
-        "<t>", "</t>", "sec", "from ", "to ", "at ", "start", "end", "minute", "twelve ",
+    alphabet = [
+        *"0123456789:.,-<>t/[]{}()'\" \nsm秒分到٠", "<t>", "</t>", "sec", "from ", "to ", "at ",
+        "start", "end", "minute", "twelve ",
     ]  # fmt: skip
     for _ in range(2_000):
         text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 60)))

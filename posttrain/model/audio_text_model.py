@@ -1,0 +1,76 @@
+"""The learned grounding reward ready to answer: frozen features, the head, and a cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posttrain.model.audio_text import load_head
+from posttrain.model.frozen_features import FrozenFeatures
+
+
+class AudioTextModel:
+    """Implements `posttrain.types.AudioTextScorer` in this process, one question or many at once.
+
+    Args:
+        folder: with a trained head (`posttrain run recipes/reward_grounding.yaml`).
+        checkpoint: whose audio tower and embeddings the head reads; None: the one it was trained
+            on.
+    """
+
+    def __init__(self, folder: str, checkpoint: str | None = None, device: str = "cpu") -> None:
+        head, trained_on = load_head(folder)
+        self.head = head.to(device)
+        self.features = FrozenFeatures(checkpoint or trained_on, device)
+        self.device = device
+        self._answers: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+
+    def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+        return self.relevance_batch([(audio, phrase)])[0], self.features.frame_s
+
+    def claim_probabilities(
+        self, audio: str, claims: Sequence[tuple[str, float, float]]
+    ) -> list[float]:
+        return self.claims_batch([(audio, *claim) for claim in claims])
+
+    @torch.no_grad()
+    def relevance_batch(self, questions: Sequence[tuple[str, str]]) -> list[list[float]]:
+        """Frame probabilities of each (audio path, phrase); equal questions are computed once."""
+        fresh = [q for q in dict.fromkeys(questions) if q not in self._answers]
+        for question, logits_N in zip(fresh, self._logits(fresh), strict=True):
+            self._answers[question] = self.head.frame_probabilities(logits_N).tolist()
+        answers = [self._answers[q] for q in questions]
+        for question in questions:
+            self._answers.move_to_end(question)
+        while len(self._answers) > 1_024:
+            self._answers.popitem(last=False)
+        return answers
+
+    @torch.no_grad()
+    def claims_batch(self, claims: Sequence[tuple[str, str, float, float]]) -> list[float]:
+        """Probability of each (audio path, phrase, start_s, end_s)."""
+        questions = list(dict.fromkeys((audio, phrase) for audio, phrase, _, _ in claims))
+        logits = dict(zip(questions, self._logits(questions), strict=True))
+        out = []
+        for audio, phrase, start_s, end_s in claims:
+            logits_N = logits[audio, phrase]
+            span = torch.tensor([[start_s, end_s]], device=self.device) / self.features.frame_s
+            length = torch.tensor([float(len(logits_N))], device=self.device)
+            out.append(float(self.head.span_logits(logits_N[None], span, length).sigmoid()))
+        return out
+
+    def _logits(self, questions: Sequence[tuple[str, str]]) -> list[Tensor]:
+        """Logits (N,) of each question; the phrases of one clip go through the head together."""
+        by_audio: dict[str, list[str]] = {}
+        for audio, phrase in questions:
+            by_audio.setdefault(audio, []).append(phrase)
+        found: dict[tuple[str, str], Tensor] = {}
+        for audio, phrases in by_audio.items():
+            frames_1NF = self.features.audio(audio).unsqueeze(0)
+            mask = torch.ones(frames_1NF.shape[:2], dtype=torch.bool, device=self.device)
+            logits_PN = self.head.relevance(frames_1NF, mask, *self.features.phrases(phrases))[0]
+            found |= {(audio, p): line for p, line in zip(phrases, logits_PN, strict=True)}
+        return [found[q] for q in questions]

@@ -1,0 +1,127 @@
+"""The frozen half of the learned reward: AF-Whisper frames and the policy's token embeddings.
+
+Only the audio tower and the embedding table are read from the checkpoint, so a 7B checkpoint costs
+about 1.7 GB here and not 16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.audioflamingo3.modeling_audioflamingo3 import AudioFlamingo3Encoder
+from transformers.utils import cached_file
+
+from posttrain.data.audio import SAMPLE_RATE_HZ, load_audio
+from posttrain.model.checkpoint_keys import canonical_key, split_ignored
+from posttrain.model.load import check_architecture, load_processor
+
+MAX_PHRASE_TOKENS = 32
+
+
+class FrozenFeatures:
+    """Audio frames and phrase tokens of a checkpoint, without gradients.
+
+    Attributes:
+        frame_s: seconds a frame (0.04 for AF-Next).
+        audio_width, text_width: features a frame and a token.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, device: str = "cpu", cache_bytes: int = 2**30
+    ) -> None:
+        check_architecture(checkpoint)
+        self.checkpoint = str(checkpoint)
+        self.device = device
+        self.processor = load_processor(checkpoint)
+        config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        self.tower = AudioFlamingo3Encoder(config.audio_config)
+        weights = _read_weights(checkpoint)
+        tower = {k.removeprefix(_TOWER): v for k, v in weights.items() if k.startswith(_TOWER)}
+        self.tower.load_state_dict(tower, strict=True)
+        self.tower.to(device).eval().requires_grad_(False)
+        self.embeddings = weights[_EMBEDDINGS].float().to(device)
+        self.window_s = int(self.processor.feature_extractor.chunk_length)
+        self.audio_width = int(config.audio_config.hidden_size)
+        self.text_width = int(self.embeddings.shape[1])
+        self.frame_s = self.window_s / (config.audio_config.max_source_positions // 2)
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def audio(self, path: str) -> Tensor:
+        """Frames of a clip: float32 (N, audio_width) on the device; kept in a bounded cache."""
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
+        frames = self.encode(load_audio(path, allow_silence=True))
+        self._cache[path] = frames
+        while sum(f.numel() * 4 for f in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return frames
+
+    @torch.no_grad()
+    def encode(self, waveform: np.ndarray, windows_at_once: int = 8) -> Tensor:
+        """Frames of float32 (num_samples,) at 16 kHz, window by window: float32 (N, width)."""
+        size = self.window_s * SAMPLE_RATE_HZ
+        chunks = [waveform[i : i + size] for i in range(0, len(waveform), size)]
+        frames = []
+        for i in range(0, len(chunks), windows_at_once):
+            batch = self.processor.feature_extractor(
+                chunks[i : i + windows_at_once], sampling_rate=SAMPLE_RATE_HZ,
+                return_tensors="pt", padding="max_length", return_attention_mask=True,
+            )  # fmt: skip
+            mask = batch["attention_mask"].to(self.device)
+            hidden = self.tower(
+                batch["input_features"].to(self.device), input_features_mask=mask, return_dict=True
+            ).last_hidden_state
+            _, lengths = self.tower._get_feat_extract_output_lengths(mask.sum(-1).long())
+            frames += [h[:n] for h, n in zip(hidden, lengths.tolist(), strict=True)]
+        return torch.cat(frames).float()
+
+    def phrases(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token embeddings (P, L, text_width) and their mask bool (P, L); L at most 32."""
+        tokenizer = self.processor.tokenizer
+        ids = [
+            tokenizer.encode(f" {phrase}", add_special_tokens=False)[:MAX_PHRASE_TOKENS] or [0]
+            for phrase in phrases
+        ]
+        longest = max(map(len, ids))
+        mask = torch.tensor([[i < len(line) for i in range(longest)] for line in ids])
+        padded = torch.tensor([line + [0] * (longest - len(line)) for line in ids])
+        return self.embeddings[padded.to(self.device)], mask.to(self.device)
+
+
+_TOWER = "audio_tower."
+_EMBEDDINGS = "language_model.model.embed_tokens.weight"
+
+
+def _read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The tower and the embedding table under canonical keys, from safetensors alone."""
+    index = cached_file(
+        str(checkpoint), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+    )
+    if index is None:
+        names = ["model.safetensors"]
+    else:
+        shards = json.loads(Path(index).read_text())["weight_map"]
+        names = sorted({shards[key] for key in _wanted(shards)})
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        with safe_open(cached_file(str(checkpoint), name), framework="pt") as file:
+            for key in _wanted(file.keys()):
+                weights[canonical_key(key)] = file.get_tensor(key)
+    return weights
+
+
+def _wanted(keys: Iterable[str]) -> list[str]:
+    kept, _ = split_ignored(keys)
+    canonical = {key: canonical_key(key) for key in kept}
+    return [k for k, name in canonical.items() if name.startswith(_TOWER) or name == _EMBEDDINGS]

@@ -1,0 +1,81 @@
+"""`audio_text_grounding`: a learned reward that needs audio and a question, but no labels.
+
+    value = E[IoU] = sum of p inside the stated spans / (their length + sum of p outside)
+
+p is the probability, frame by frame, that the phrase asked for is heard: `posttrain run
+recipes/reward_grounding.yaml` trains the model behind it. Stated spans are merged first. An answer
+that says "none" earns 1 - max p. Rows without a `query` (dense timelines) earn the mean
+p(claim | span) over the claims of the answer, each with the words beside its span as the phrase.
+
+Range [0, 1]. Invalid spans make the answer worth 0, as do spans copied from the question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posttrain.data.rows import Row
+from posttrain.data.thinking import split_thinking
+from posttrain.types import AudioTextScorer, Completion, RewardResult, RewardStatus
+from reward_models.claims import claims_of
+from reward_models.grounding import question_spans, without_copies
+from reward_models.spans import merge
+from reward_models.timestamps import ParseStatus, parse_spans
+
+
+@dataclass(frozen=True)
+class AudioTextGrounding:
+    """Attributes:
+    scorer: the learned model, in this process or behind an actor.
+    packed: "refuse" or "accept" answers in packed minutes.
+    """
+
+    scorer: AudioTextScorer
+    packed: str = "refuse"
+    name: str = "audio_text_grounding"
+
+    def __call__(self, row: Row, completion: Completion) -> RewardResult:
+        if row.audio is None:
+            return RewardResult(None, {}, RewardStatus.UNSCORABLE, "row has no audio")
+        _, answer = split_thinking(completion.text)
+        parsed = parse_spans(answer, row.duration_s, form="grounding")
+        spans = without_copies(parsed.spans, question_spans(row))
+        says_none = parsed.status is ParseStatus.NONE_STATED
+        terms = {"num_predicted": float(len(spans)), "none_stated": float(says_none)}
+        refused = parsed.packed and self.packed == "refuse"
+        if says_none and row.query:
+            probabilities, _ = self.scorer.relevance(row.audio, row.query)
+            return RewardResult(1 - max(probabilities), terms)
+        if not spans or refused or not all(s.valid for s in spans):
+            return RewardResult(0.0, terms)
+        stated = merge([(s.start_s, s.end_s) for s in spans])
+        if row.query:
+            probabilities, frame_s = self.scorer.relevance(row.audio, row.query)
+            value = expected_iou(probabilities, frame_s, stated)
+            return RewardResult(value, terms)
+        claims = [c for c in claims_of(answer, spans) if c.text]
+        if not claims:
+            return RewardResult(0.0, terms)
+        scores = self.scorer.claim_probabilities(
+            row.audio, [(c.text, c.span.start_s, c.span.end_s) for c in claims]
+        )
+        return RewardResult(sum(scores) / len(scores), terms | {"num_claims": float(len(claims))})
+
+
+def expected_iou(
+    probabilities: list[float], frame_s: float, stated: list[tuple[float, float]]
+) -> float:
+    """The formula of this file's head; broken frames count by their share.
+
+    Args:
+        probabilities: (N,) p of every frame.
+        stated: merged spans, seconds.
+    """
+    inside = 0.0
+    for start_s, end_s in stated:
+        first, last = start_s / frame_s, min(end_s / frame_s, len(probabilities))
+        for i in range(int(first), min(int(last) + 1, len(probabilities))):
+            inside += probabilities[i] * max(0.0, min(i + 1, last) - max(i, first))
+    stated_frames = sum(end - start for start, end in stated) / frame_s
+    union = stated_frames + sum(probabilities) - inside
+    return inside / union if union > 0 else 0.0

@@ -1,0 +1,115 @@
+"""Which event does a cited time speak of? Labels are looked for in the text beside the span.
+
+"A dog barks at <t>1.0-2.0</t>, then a bell (<t>5-6</t>)."  ->  dog 1-2, bell 5-6
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from reward_models.timestamps import Span
+
+Similarity = Callable[[str, str], float]
+SIMILAR_ENOUGH = 0.5
+_WORD = re.compile(r"\w+(?:'\w+)?")
+_SENTENCE_END = re.compile(r"[.!?;\n](?=\s|$)")
+_CONNECTIVES = frozenset(
+    {
+        "and", "also", "again", "then", "at", "from", "to", "in", "around", "between", "or", "plus",
+        "the", "a", "it", "is", "heard", "once", "more", "und", "y", "et", "e", "и", "و",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A cited span and the text that says what is there ("" when nothing does)."""
+
+    text: str
+    span: Span
+    words: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=4096)
+def label_words(label: str) -> tuple[str, ...]:
+    """Lower-case words of a label, plural endings taken off."""
+    return tuple(_singular(w) for w in _WORD.findall(label.casefold()))
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def claims_of(text: str, spans: Sequence[Span]) -> list[Claim]:
+    """Each span with the clause that names its event.
+
+    Whether names stand before or after their times is decided once for the text: before, unless
+    nothing but punctuation and connectives precedes the first span. A span with mere connectives
+    ("and <t>5-6</t>") repeats the clause of the span before it.
+    """
+    if not spans:
+        return []
+    edges = [0, *(s.char_range[1] for s in spans)]
+    ends = [*(s.char_range[0] for s in spans), len(text)]
+    gaps = [text[a:b] for a, b in zip(edges, ends, strict=True)]
+    named_before = bool(_content_words(gaps[0]))
+    claims: list[Claim] = []
+    for i, span in enumerate(spans):
+        clause = _last_sentence(gaps[i]) if named_before else gaps[i + 1]
+        words = tuple(_singular(w) for w in _WORD.findall(clause.casefold()))
+        if not _content_words(clause) and claims:
+            clause, words = claims[-1].text, claims[-1].words
+        claims.append(Claim(clause.strip(), span, words))
+    return claims
+
+
+def _content_words(text: str) -> list[str]:
+    return [w for w in _WORD.findall(text.casefold()) if w not in _CONNECTIVES and not w.isdigit()]
+
+
+def _last_sentence(text: str) -> str:
+    """The part after the last sentence end that has words of its own."""
+    parts = _SENTENCE_END.split(text)
+    return next((part for part in reversed(parts) if _content_words(part)), text)
+
+
+def label_named(
+    claim: Claim, labels: Sequence[str], similarity: Similarity | None = None
+) -> str | None:
+    """The label that the claim's text names, or None; the longest one that is found.
+
+    Args:
+        labels: of the events that could be meant.
+        similarity: text similarity in [0, 1] from embeddings; a label of 0.5 or more is named
+            too. Without it words decide: all of the label's words in a row.
+    """
+    found = [label for label in labels if _occurs(label_words(label), claim.words)]
+    if found:
+        return max(found, key=lambda label: len(label_words(label)))
+    if similarity is None or not labels or not claim.text:
+        return None
+    best = max(labels, key=lambda label: similarity(label, claim.text))
+    return best if similarity(best, claim.text) >= SIMILAR_ENOUGH else None
+
+
+def _occurs(needle: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    size = len(needle)
+    return size > 0 and any(words[i : i + size] == needle for i in range(len(words) - size + 1))
+
+
+def names(claim: Claim, label: str, similarity: Similarity | None = None) -> bool:
+    """Whether the claim speaks of `label`: its words in a row, or, for captions of four words and
+    more, at least half of the words in common (F1), or the embeddings say so."""
+    needle = label_words(label)
+    if not needle:
+        return True
+    if _occurs(needle, claim.words):
+        return True
+    if len(needle) >= 4 and claim.words:
+        common = len(set(needle) & set(claim.words))
+        if 2 * common / (len(set(needle)) + len(set(claim.words))) >= SIMILAR_ENOUGH:
+            return True
+    return similarity is not None and similarity(label, claim.text) >= SIMILAR_ENOUGH

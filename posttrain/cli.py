@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--head", type=Path, default=None,
                        help="folder of a learned reward, for audio_text_grounding")  # fmt: skip
     score.add_argument("--checkpoint", default=None,
-                       help="checkpoint for audio_text_grounding and evidence_ablation")  # fmt: skip
+                       help="for audio_text_grounding and evidence_ablation")  # fmt: skip
     score.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     score.set_defaults(command=_score)
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from posttrain.types import AnswerScorer, AudioTextScorer, Reward
+from reward_models.grounding import TimestampGrounding
 from reward_models.prior import BlindPrior
 from reward_models.registry import REWARDS, RewardContext, RewardSpec, build_reward
 from reward_models.score_file import ScoredFile, score_file
@@ -31,8 +32,9 @@ def score_command(
     )
     rewards = [_reward(name.strip(), packed, context) for name in names]
     with tqdm(desc="score", unit=" rows", disable=None, dynamic_ncols=True) as bar:
+        grounding = TimestampGrounding(packed=packed, prior=context.prior)
         result = score_file(
-            rewards, source, out, on_row=bar.update,
+            rewards, grounding, source, out, on_row=bar.update,
             on_bad=lambda number, reason: _report(source, number, reason),
         )  # fmt: skip
     errored = sum(counts.get("errored", 0) for counts in result.not_scored.values())

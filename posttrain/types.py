@@ -186,12 +186,11 @@ class AnswerScorer(Protocol):
         self,
         audio: str,
         prompt: Sequence[Mapping[str, Any]],
-        completion: str,
         answer: str,
         silenced: Sequence[Sequence[tuple[float, float]]],
     ) -> list[float]:
-        """Natural log-probability of `answer`, the end of `completion`, for each set of silenced
-        spans in seconds."""
+        """Natural log-probability of `answer` right after the prompt, for each set of silenced
+        spans (seconds)."""
         ...
 
 

@@ -4,9 +4,10 @@
     value = 1 - exp(-delta) for delta > 0, exp(delta) - 1 below: in (-1, 1)
 
 Both times equally many seconds are silenced. 0.5 means that silencing what the thought cites makes
-the answer half as likely as silencing the same length elsewhere. A thought that cites nothing
-earns 0, and so does one that cites more than half of the clip: there is not as much left to
-compare with, and "everything" is no evidence.
+the answer half as likely as silencing the same length elsewhere. The answer is scored right after
+the prompt: with the thought before it, its words could be copied from there and no silence would
+matter. A thought that cites nothing earns 0, and so does one that cites more than half of the clip:
+there is not as much left to compare with, and "everything" is no evidence.
 
 Source: faithfulness by ablation of cited evidence (arXiv 2606.09248 shows that stamps are mostly
 decoration); the matched control takes out what any silence would cost.
@@ -53,9 +54,7 @@ class EvidenceAblation:
             uncited(cited, row.duration_s, random.Random(f"{row.id}/{i}"))
             for i in range(self.num_controls)
         ]
-        logprobs = self.scorer.answer_logprobs(
-            row.audio, row.prompt, completion.text, answer, [cited, *controls]
-        )
+        logprobs = self.scorer.answer_logprobs(row.audio, row.prompt, answer, [cited, *controls])
         control = sum(logprobs[1:]) / self.num_controls
         delta = control - logprobs[0]
         value = 1 - math.exp(-delta) if delta > 0 else math.exp(delta) - 1

@@ -65,6 +65,8 @@ class TimestampGrounding:
         if row.task not in SCORABLE:
             reason = f"task {row.task.value!r} has no times to check"
             return RewardResult(None, {}, RewardStatus.UNSCORABLE, reason)
+        if row.task is not Task.ABSENT and not row.events:
+            return RewardResult(None, {}, RewardStatus.UNSCORABLE, "row has no labelled events")
         _, answer = split_thinking(completion.text)
         if row.task is Task.COUNT:
             return self._count(row, answer)
@@ -286,14 +288,17 @@ def count_stated(text: str, query: str | None, spans: Sequence[Span] = ()) -> in
     if not numbers:
         numbers = {int(n) for n in _INTEGER.findall(text)}
     if not numbers:
-        numbers = {NUMBER_WORDS[w] for w in re.findall(r"[a-z]+", text) if w in NUMBER_WORDS}
+        found = [_integer(word) for word in re.findall(r"[a-z]+", text) if word != "a"]
+        numbers = {n for n in found if n is not None}
     if not numbers and parse_spans(text).status is ParseStatus.NONE_STATED:
         return 0
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def _integer(word: str) -> int | None:
-    return int(word) if word.isdigit() else NUMBER_WORDS.get(word)
+    if word.isdigit():
+        return int(word)
+    return int(NUMBER_WORDS[word]) if word in NUMBER_WORDS else None
 
 
 def labels_in_order(text: str, labels: Sequence[str]) -> list[str]:

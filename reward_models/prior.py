@@ -133,12 +133,14 @@ def fit_prior(rows: Iterable[Row], raw_score: RawScore, point_score: RawScore) -
     on quantiles of the labelled starts and ends in seconds; then two and three such spans.
 
     Args:
-        rows: training rows; at most 2,000 evenly spaced ones of each task are used.
+        rows: training rows; at most 2,000 evenly spaced ones of each task are used, and none
+            without labels.
         raw_score: score in [0, 1] of spans (seconds) on a grounding row, before any prior.
         point_score: the same for a points row.
     """
     by_task: dict[Task, list[Row]] = {}
-    for row in rows:
+    labelled = (row for row in rows if row.target_spans or row.task is Task.ABSENT)
+    for row in labelled:
         by_task.setdefault(row.task, []).append(row)
     counts = Counter(_target_count(row) for row in by_task.get(Task.COUNT, []))
     asked_when = sum(len(by_task.get(task, [])) for task in WITH_SPANS)

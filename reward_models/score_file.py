@@ -18,8 +18,9 @@ from typing import Any
 
 import orjson
 
-from posttrain.data.rows import Row, parse_events
+from posttrain.data.rows import TIMED_TASKS, Row, parse_events
 from posttrain.types import Completion, Reward, RewardStatus, Task
+from reward_models.grounding import TimestampGrounding
 from reward_models.metrics import MetricSummary, grounding_metrics
 from reward_models.registry import call_safely
 
@@ -44,12 +45,14 @@ class ScoredFile:
 
 
 def score_file(
-    rewards: Sequence[Reward], source: Path, out: Path, *,
-    on_row: Callable[[], None] = lambda: None, on_bad: Callable[[int, str], None] = lambda n, e: None,
+    rewards: Sequence[Reward], grounding: TimestampGrounding, source: Path, out: Path, *,
+    on_row: Callable[[], object] = lambda: None,
+    on_bad: Callable[[int, str], object] = lambda number, reason: None,
 ) -> ScoredFile:  # fmt: skip
     """Scores every line of `source` and writes `out` atomically.
 
     Args:
+        grounding: gives the summary its `blind_adjusted`, whichever rewards are asked for.
         on_row: called after each line, for a progress bar.
         on_bad: called with each bad line's number and reason.
 
@@ -68,13 +71,16 @@ def score_file(
         with source.open("rb") as lines, partial.open("wb") as written:
             for number, line in _numbered(lines):
                 try:
-                    record = orjson.loads(line)
+                    record = parse_line(line)
                     row, completion = read_row(record)
                 except (ValueError, TypeError) as error:
                     bad.append((number, str(error)))
                     on_bad(number, str(error))
                     continue
                 record["rewards"] = score_row(rewards, row, completion, collected, not_scored)
+                if row.task in TIMED_TASKS:
+                    adjusted = grounding(row, completion).value
+                    collected.add({"blind_adjusted": adjusted})
                 written.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 num_rows += 1
                 on_row()
@@ -82,6 +88,13 @@ def score_file(
     finally:
         partial.unlink(missing_ok=True)
     return ScoredFile(num_rows, tuple(bad), collected.summary(), not_scored)
+
+
+def parse_line(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {str(error).partition(':')[0]}; one object a line") from error
 
 
 def _numbered(lines: Any) -> Iterator[tuple[int, bytes]]:
@@ -147,7 +160,7 @@ def read_row(record: Any) -> tuple[Row, Completion]:
         str(record.get("answer") or ""), tuple(record.get("choices") or ()),
         str(record.get("language") or "en"),
     )  # fmt: skip
-    if row.task in (Task.GROUNDING, Task.POINTS, Task.DENSE) and not row.target_spans:
+    if row.task in TIMED_TASKS and not row.target_spans:
         raise ValueError(
             f"task {task!r} without labelled events"
             + (f" for query {row.query!r}" if row.query else "")

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 
 from reward_models import time_words as words
 from reward_models.spans_found import Found, clock_seconds, resolution_of
+from reward_models.time_shares import shares_of_clip
 
 _BEHIND = rf"(?<!\d[.,:])(?<![{words.LETTER}\d$€£¥#/_])"
 _NUMBER = r"\d{1,6}(?:[.,]\d{1,6})?"
 _ORDINAL = r"(?:st|nd|rd|th|er|e|ème|º|ª|-?(?:я|й|ю|ой|ую|ей|го|ых))"
 _UNIT_AFTER = (
     rf"(?P<gap>[ -]?)(?:(?P<counted>{words.FIRST_WORDS}|{words.LAST_WORDS})\s)?"
-    rf"(?:{words.UNIT})(?!/)"
+    rf"(?:{words.UNIT})(?P<half> and a half\b)?(?!/)"
 )
 _DIGIT = re.compile(r"[\d〇零一二两兩三四五六七八九十百]")
 _DIGIT_ATOM = re.compile(
@@ -29,7 +30,7 @@ _DIGIT_ATOM = re.compile(
     rf"{_BEHIND}(?P<feet>\d{{1,3}}'[0-5]\d(?:\"|'')?)(?!\d)|"
     rf"(?P<number>(?:{_BEHIND}|(?<=\d[mh])|(?<=\dmin))"
     rf"{_NUMBER}(?P<ordinal>{_ORDINAL}(?=[ -])|\.(?= sek| min))?|{words.HAN_NUMBER}){_UNIT_AFTER}|"
-    rf"{_BEHIND}(?P<bare>{_NUMBER})(?:-?(?:я|й|ю|ой|ую|ей|го)(?![{words.LETTER}]))?(?![\d%])"
+    rf"{_BEHIND}(?P<bare>{_NUMBER})(?:{_ORDINAL}(?![{words.LETTER}])|\.(?= (?:bis|und)))?(?![\d%])"
 )
 _WORD_BEFORE = re.compile(rf"(?<![{words.LETTER}])(?:{words.WORD_NUMBER})(?=[ -]?$)")
 _WORD_ATOM = re.compile(rf"(?P<number>{words.WORD_NUMBER})(?P<ordinal>(?!)x)?{_UNIT_AFTER}")
@@ -38,6 +39,8 @@ _NAMED = re.compile(
     rf"(?P<named>{_NUMBER})(?!\d|:|\s?%)"
 )
 _COMPOUND = re.compile(r"(?:\s{0,2}(?:and|und|et|y|e|и|و|,)?\s{0,2})$")
+_LIST_GOES_ON = re.compile(rf"\s{{0,2}}(?:[,;/]\s{{0,2}})?(?:(?:{words.AND})\s{{0,2}})?$")
+_COMMA = re.compile(r"\s{0,2},\s{0,2}$")
 _JOINER = re.compile(
     rf"\s{{0,3}}(?P<join>{words.JOINER}|{words.AND})\s{{0,3}}(?:{words.FILLER}\s{{0,2}}){{0,2}}$"
 )
@@ -78,6 +81,7 @@ class _Atom:
     counted: str = ""  # "5 dernières secondes": from which end of the clip
     issue: str = ""
     written: str = ""
+    spelled: bool = False  # in words
 
 
 def read_prose(
@@ -93,25 +97,37 @@ def read_prose(
     found, text = _bracketed(text, bare)
     atoms = _compounds(text, list(_atoms(text)))
     attempted = False
+    listed: _Atom | None = None
     i = 0
     while i < len(atoms):
         first, second = atoms[i], atoms[i + 1] if i + 1 < len(atoms) else None
-        pair = second and _as_range(text, first, second, bare)
-        if pair:
-            found.append(pair)
+        if second is not None and _are_joined(text, first, second, bare):
+            if pair := _as_range(text, first, second):
+                found.append(pair)
             i += 2
             continue
         point = _as_point(text, first, duration_s, bare)
+        if point is None and _goes_on(text, listed, first):
+            point = _found(first, first, "unit")
+        listed = first if point is not None and first.kind == "quantity" else None
         if point is not None:
             found.append(point)
         attempted |= point is None and _relative(text, first) is not None
         i += 1
-    for share, match in _shares(text):
+    for share, match in shares_of_clip(text):
         attempted = True
         if duration_s is not None:
             at_s = share * duration_s
             found.append(Found(at_s, at_s, *match.span(), "relative"))
     return found, attempted
+
+
+def _goes_on(text: str, last: _Atom | None, atom: _Atom) -> bool:
+    """`at 5 s, 9 s and 15 s`: a quantity that follows a place in a list is one, too."""
+    if last is None or atom.kind != "quantity" or atom.length:
+        return False
+    between = _LIST_GOES_ON.match(text, last.end, atom.start)
+    return bool(between) and not words.LENGTH_AFTER.match(_after(text, atom.end))
 
 
 def _bracketed(text: str, bare: bool) -> tuple[list[Found], str]:
@@ -162,7 +178,7 @@ def _digit_atoms(text: str) -> Iterator[_Atom]:
             yield from _quantity(text, match)
         else:
             written = match["bare"]
-            yield _Atom("bare", words.number_value(written), *match.span("bare"), "",
+            yield _Atom("bare", words.number_value(written), *match.span(), "",
                         resolution_of(written), written=written.replace(",", "."))  # fmt: skip
 
 
@@ -176,9 +192,10 @@ def _word_atoms(text: str) -> Iterator[_Atom]:
             if number and (match := _WORD_ATOM.match(text, before + number.start())):
                 yield from _quantity(text, match)
             if match := _NAMED.match(text, position - 2 * text.startswith("ال", position - 2)):
-                scale = 60.0 if match["minute_n"] else 1.0
-                yield _Atom("named", scale * words.number_value(match["named"]), *match.span(),
-                            "second", resolution_of(match["named"]))  # fmt: skip
+                unit = "minute" if match["minute_n"] else "second"
+                value = words.UNIT_SECONDS[unit] * words.number_value(match["named"])
+                resolution_s = resolution_of(match["named"])
+                yield _Atom("named", value, *match.span(), unit, resolution_s)
             position = text.find(stem, position + len(stem))
 
 
@@ -197,19 +214,24 @@ def _quantity(text: str, match: re.Match[str]) -> list[_Atom]:
     number, span = match["number"], match.span()
     if match["ordinal"]:
         number = number[: match.start("ordinal") - match.start()]
-    value = words.number_value(number)
+    value = words.number_value(number) + 0.5 * bool(match["half"])
     written_unit = match[unit]
+    if number == "a" and unit == "second":
+        return []  # "after a second bark"
     is_decade = written_unit == "s" and not match["gap"] and value % 10 == 0 and value >= 20
     before = text[max(0, span[0] - 12) : span[0]]
     if is_decade and (value >= 1000 or re.search(r"\b(?:the|early|late|mid|mid-)\s?$", before)):
         return []
     adjective = match["gap"] == "-" or (
-        written_unit in ("second", "minute", "hour") and value != 1 and not match["ordinal"]
+        written_unit in ("second", "minute", "hour")
+        and value > 1
+        and not match["ordinal"]
+        and not match["half"]
     )
     kind = "ordinal" if match["ordinal"] else "quantity"
     return [
         _Atom(kind, value, *span, unit, resolution_of(number), adjective, match["counted"] or "",
-              written=written_unit)
+              written=written_unit, spelled=number in words.NUMBER_WORDS)
     ]  # fmt: skip
 
 
@@ -254,34 +276,33 @@ def _after(text: str, position: int) -> str:
     return text[position : position + _AFTER_CHARS].partition("\n")[0]
 
 
-def _as_range(text: str, first: _Atom, second: _Atom, bare: bool) -> Found | None:
-    if second.start - first.end > 24:
-        return None
-    joiner = _JOINER.match(text, first.end, second.start)
+def _are_joined(text: str, first: _Atom, second: _Atom, bare: bool) -> bool:
+    """Whether the two are the ends of one range: `12 to 15 s`, `starts at 3 s and ends at 5 s`."""
+    kinds = {first.kind, second.kind}
+    if second.start - first.end > 24 or ("clock" in kinds and kinds != {"clock"}):
+        return False
     before, after = _before(text, first.start), _after(text, second.end)
+    joiner = _JOINER.match(text, first.end, second.start)
     if joiner is None:
-        start_end = _END_CUE.match(text, first.end, second.start) and _START_CUE.search(before)
-        if not start_end and not (
-            bare and first.kind == second.kind == "bare"
-            and re.fullmatch(r"\s{0,2},\s{0,2}", text[first.end : second.start])
-        ):  # fmt: skip
-            return None
-    elif re.fullmatch(words.AND, joiner["join"]):
+        listed = bare and kinds == {"bare"} and _COMMA.match(text, first.end, second.start)
+        started = _START_CUE.search(before)
+        return bool(listed or (started and _END_CUE.match(text, first.end, second.start)))
+    if re.fullmatch(words.AND, joiner["join"]):
         around = words.BETWEEN.search(before) or re.match(r"\s?(?:之间|之間|の間)", after)
         if not around and not _START_CUE.search(before):
-            return None
+            return False
+    return bare or kinds != {"bare"}
+
+
+def _as_range(text: str, first: _Atom, second: _Atom) -> Found | None:
+    """The span of two joined ends; None where it is no time, or a length of time."""
     kinds = {first.kind, second.kind}
-    if kinds == {"bare"} and not bare and joiner is not None:
-        return None
-    if "clock" in kinds and kinds != {"clock"}:
-        return None
+    before, after = _before(text, first.start), _after(text, second.end)
     if kinds == {"clock"}:
-        if _is_not_a_time(before, after, (first, second)):
-            return None
-        return _found(first, second, "clock")
-    if kinds == {"bare"} and (
-        words.TRAP_UNIT_AFTER.match(after) or words.TRAP_BEFORE.search(before)
-    ):
+        not_a_time = _is_not_a_time(before, after)
+        return None if not_a_time else _found(first, second, "clock")
+    trap = words.TRAP_UNIT_AFTER.match(after) or words.TRAP_BEFORE.search(before)
+    if kinds == {"bare"} and trap:
         return None
     if second.kind == "bare" and kinds != {"bare"} and re.match(r"\s?[a-z%°]", after):
         return None
@@ -293,10 +314,10 @@ def _as_range(text: str, first: _Atom, second: _Atom, bare: bool) -> Found | Non
 
 def _shared_unit(first: _Atom, second: _Atom) -> tuple[_Atom, _Atom]:
     """`2 to 3 minutes`: the bare side takes the unit of the other."""
-    if first.kind == "bare" and second.kind in ("quantity", "ordinal"):
+    if first.kind == "bare" and second.kind in ("quantity", "ordinal", "named"):
         scale = words.UNIT_SECONDS[second.unit]
         first = replace(first, value=first.value * scale)
-    elif second.kind == "bare" and first.kind in ("quantity", "ordinal"):
+    elif second.kind == "bare" and first.kind in ("quantity", "ordinal", "named"):
         second = replace(second, value=second.value * words.UNIT_SECONDS[first.unit])
     return first, second
 
@@ -309,16 +330,18 @@ def _found(first: _Atom, second: _Atom, dialect: str) -> Found:
     )  # fmt: skip
 
 
-def _is_not_a_time(before: str, after: str, atoms: tuple[_Atom, ...]) -> bool:
+def _is_not_a_time(before: str, after: str) -> bool:
     wall_clock = words.NOT_A_TIME_AFTER.match(after) or words.NOT_A_TIME_BEFORE.search(before)
     return bool(wall_clock) and not words.MARK_AFTER.match(after)
 
 
 def _as_point(text: str, atom: _Atom, duration_s: float | None, bare: bool) -> Found | None:
     before, after = _before(text, atom.start), _after(text, atom.end)
+    if re.search(r"(?:^|\s)-$", before):
+        return None  # a negative number; a bullet has a space after it
     if atom.kind == "clock":
         length = words.LENGTH_BEFORE.search(before) or words.CLOCK_LENGTH_AFTER.match(after)
-        if length or _is_not_a_time(before, after, (atom,)):
+        if length or _is_not_a_time(before, after):
             return None
         return _found(atom, atom, "clock")
     if atom.kind == "bare":
@@ -342,7 +365,7 @@ def _is_place(before: str, after: str, atom: _Atom) -> bool:
         return True
     starts_line = bool(_LINE_START.match(before))
     separated = starts_line or _SEPARATED_BEFORE.search(before)
-    if separated and _SEPARATED_AFTER.match(after):
+    if separated and _SEPARATED_AFTER.match(after) and not atom.spelled:
         return True
     return starts_line and atom.written in ("s", "sec", "秒")
 
@@ -353,6 +376,8 @@ def _relative(text: str, atom: _Atom) -> str | None:
         return None
     before, after = _before(text, atom.start), _after(text, atom.end)
     before += atom.counted
+    if words.BEFORE_THE_END.search(before):
+        return "end"
     if words.FIRST.search(before):
         return "first"
     if words.LAST.search(before):
@@ -368,29 +393,3 @@ def _relative_to_clip(kind: str, atom: _Atom, duration_s: float | None) -> Found
     start_s = duration_s - atom.value
     end_s = duration_s if kind == "last" else start_s
     return Found(start_s, end_s, atom.start, atom.end, "relative", atom.resolution_s)
-
-
-_PARTS = {"quarter": 0.25, "third": 1 / 3}
-_COUNTS = {"a": 1, "one": 1, "two": 2, "three": 3}
-_HALF = re.compile(
-    rf"half-?\s?way\b(?: (?:through|into|in|point|mark))?|midway (?:through|into)|"
-    rf"in the (?:exact )?middle of the {words.CLIP}|in der mitte der? {words.CLIP}|"
-    rf"à mi-chemin|au milieu de l'{words.CLIP}|a la mitad|в середине {words.CLIP}|منتصف|中间|中間"
-)
-_PART = re.compile(r"(?P<part>quarter|third)s?(?: of the way)? (?:through|in(?:to)?)\b")
-_COUNT = re.compile(r"\b(?P<count>a|one|two|three)[ -]$")
-_PERCENT = re.compile(
-    r"(?P<percent>\d{1,3}(?:\.\d)?)\s?(?:%|percent)(?: of the way)? (?:through|into)\b"
-)
-
-
-def _shares(text: str) -> Iterator[tuple[float, re.Match[str]]]:
-    """Places given as a share of the clip, 0 to 1."""
-    for match in _HALF.finditer(text):
-        yield 0.5, match
-    for match in _PART.finditer(text):
-        if count := _COUNT.search(text[max(0, match.start() - 8) : match.start()]):
-            yield _COUNTS[count["count"]] * _PARTS[match["part"]], match
-    for match in _PERCENT.finditer(text):
-        if text[match.start() - 1 : match.start()] != ".":
-            yield float(match["percent"]) / 100, match

@@ -53,8 +53,8 @@ UNIT_STEMS = (
     "ثاني", "ثوان", "دقيق", "دقائق", "ساع",
 )  # fmt: skip
 UNIT_BEFORE_NUMBER = (
-    r"(?P<minute_n>minute|minuto|минут[аеуы]|(?:ال)?دقيقة)|"
-    r"(?P<second_n>second|sec|sekunde|seconde|segundo|секунд[аеуы]|(?:ال)?ثانية)"
+    r"(?P<minute_n>minutes?|minuten|minutos?|минут[аеуы]|(?:ال)?دقيقة)|"
+    r"(?P<second_n>seconds?|secs?|sekunden?|secondes?|segundos?|секунд[аеуы]|(?:ال)?ثانية)"
 )
 
 _EN_ONES = [
@@ -103,15 +103,17 @@ _OTHER_NUMBERS = {
 }  # fmt: skip
 
 
-def _number_words() -> dict[str, int]:
-    words = {word: i for i, word in enumerate(_EN_ONES)}
+def _number_words() -> dict[str, float]:
+    words: dict[str, float] = {word: i for i, word in enumerate(_EN_ONES)}
     for i, ten in enumerate(_EN_TENS, start=2):
         words[ten] = 10 * i
         for j in range(1, 10):
             words[f"{ten}-{_EN_ONES[j]}"] = words[f"{ten} {_EN_ONES[j]}"] = 10 * i + j
-    hundreds = {"a hundred": 100, "one hundred": 100}
+    words |= {"half a": 0.5, "a": 1}
+    words |= {f"{word} and a half": i + 0.5 for i, word in enumerate(_EN_ONES[:10]) if i}
+    hundreds: dict[str, float] = {"a hundred": 100, "one hundred": 100}
     for text, base in list(hundreds.items()):
-        hundreds |= {f"{text} and {word}": base + n for word, n in words.items() if n}
+        hundreds |= {f"{text} and {word}": base + n for word, n in words.items() if n >= 1}
     for value, several in _OTHER_NUMBERS.items():
         words |= {word: value for word in several.split() if word not in words}
     return words | hundreds
@@ -161,7 +163,7 @@ JOINER = (
 )
 AND = r"and|und|et|y|e|и|و|和|与|與|と|&"
 FILLER = (
-    r"(?:the|about|around|approximately|at|up|zum|zur|zu|la|le|el|l'|circa|ca\.?|etwa|environ|约|"
+    r"(?:the|about|around|approximately|at|up|zum|zur|zu|la|le|les|el|los|las|l'|circa|ca\.?|etwa|environ|约|"
     r"約|大约|第)"
 )
 BETWEEN = re.compile(r"(?:\b(?:between|zwischen|entre|между)|بين|在|于)[\s\w]{0,12}$")
@@ -197,7 +199,7 @@ LENGTH_AFTER = re.compile(
     r"langen?\b|später\b|dauer\b|pause\b|"
     r"de (?:long|durée|silence|duración|silencio|pausa)\b|plus tard\b|después\b|más tarde\b|"
     r"спустя|тому|назад|тишины|длительн|طويل|لاحق)|"
-    r"\s?(?:间|間(?!の)|长(?!度)|長(?!さ)|之?[后後]|以[后後]|ずつ|続))"
+    r"\s?(?:ほど|くらい|ぐらい|程度)?(?:间|間(?!の)|长(?!度)|長(?!さ)|之?[后後]|以[后後]|ずつ|続))"
 )
 
 # directly before a quantity: it is a place in the clip
@@ -207,7 +209,7 @@ PLACE_BEFORE = re.compile(
     r"bei|beim|um|ab|von|vom|gegen|nach|zwischen|in der|zur|"
     r"à|vers|dès|à la|aux?|entre|autour de|"
     r"a los|al|en el|en la|hacia|desde|tras|a las|en los|"
-    r"на|с|от|около|к|между|в|после)|[@~≈=]|عند|في|من|بين|بعد|حوالي|إلى|الى|在|于|於|第|从|從|自|"
+    r"на|с|от|около|к|между|в|после)|[@~≈=+]|عند|في|من|بين|بعد|حوالي|إلى|الى|在|于|於|第|从|從|自|"
     r"到|至)"
     rf"[\s:=]{{0,3}}(?:(?:{ADVERB}|der|die|den|le|la|les|el|los|l')\s{{0,2}}){{0,2}}$"
 )
@@ -230,6 +232,9 @@ FIRST_WORDS = (
 )
 LAST_WORDS = (
     r"last|final|closing|letzten|derni(?:ère|er)s|últim[oa]s|последни[ех]|последних|آخر|最[后後]の?"
+)
+BEFORE_THE_END = re.compile(
+    r"(?:结束前|結束前|离结束还?有?|終了|終わりの|قبل النهاية ب(?:ـ)?|قبل النهاية)\s{0,2}$"
 )
 FIRST = re.compile(rf"(?:{FIRST_WORDS})\s{{0,2}}$")
 LAST = re.compile(rf"(?:{LAST_WORDS})\s{{0,2}}$")
@@ -254,7 +259,7 @@ NOT_A_TIME_BEFORE = re.compile(
     r"chronicles|ezra|nehemiah|esther|job|psalms?|proverbs|ecclesiastes|isaiah|jeremiah|ezekiel|"
     r"daniel|hosea|joel|amos|jonah|micah|habakkuk|zechariah|malachi|matthew|mark|luke|john|acts|"
     r"romans|corinthians|galatians|ephesians|philippians|colossians|thessalonians|timothy|titus|"
-    r"hebrews|james|peter|jude|revelation|qur'?an|surah?|verses?|chapter)|"
+    r"hebrews|james|peter|jude|revelation|qur'?an|surah?|verses?|chapters?)|"
     r"\b(?:ratio|score[sd]?|scale|odds|won|wins|win|beat|lead|leads|leading|aspect|resolution|"
     r"alarm|o'clock|clock|scheduled|meeting|appointment|train|flight|bus|departs?|departing|"
     r"arrives?|dinner|lunch|breakfast|wake|meet|meets)"
@@ -279,7 +284,9 @@ NONE_STATED = re.compile(
     r"did(?: not|n't) (?:occur|appear|happen)|"
     r"(?:isn't|aren't|wasn't|weren't)(?: \w+)? (?:heard|present|audible|there|any|in the)|"
     r"not (?:heard|present|audible|there|detected|found|in the)|is absent|absent|"
-    r"can(?:not|'t| not) (?:be heard|hear)|no (?:\w+ ){0,4}(?:is|are|was|were|can be) "
+    r"can(?:not|'t| not) (?:be heard|hear)|(?:do|does|did)(?: not|n't) (?:hear|contain|include)|"
+    r"no evidence of|(?:contains|contained) no|is missing|nothing$|nothing\.|"
+    r"no (?:\w+ ){0,4}(?:is|are|was|were|can be) "
     r"(?:heard|audible|present|detected|found)|there (?:is|are|was|were) no|no \w+ events?|n/a|"
     r"kein(?:e|en|er|es)?|nicht zu hören|kommt nicht vor|niemals|nirgends|"
     r"aucune?|n'est pas|n'apparaît pas|jamais|pas d[eu']|"
@@ -288,11 +295,14 @@ NONE_STATED = re.compile(
     r"لا يوجد|لا توجد|غير موجود|لا يسمع|ليس هناك|没有|沒有|并无|不存在|听不到|聽不到|"
     r"ありません|聞こえません|聞こえない|存在しない|無い|ない(?:です)?$"
 )
+_BEGINS_WITH_NO = re.compile(r"[^\w]{0,3}no(?:\.|,|$| [\w']{1,20}(?: [\w']{1,20})?[.!]?$)")
 _ALPHABETIC = re.compile(rf"[{LETTER}]")
 
 
 def states_none(text: str) -> bool:
     """Whether normalised `text` says that there is no such event."""
+    if _BEGINS_WITH_NO.match(text):
+        return True
     for match in NONE_STATED.finditer(text):
         before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
         if not _ALPHABETIC.match(before) and not _ALPHABETIC.match(after):

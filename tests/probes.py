@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from posttrain.config import load_recipe
+from posttrain.data.rows import Row
 from posttrain.train import grpo
 from posttrain.train.learner import LearnerRank, ScoredGroup
 from posttrain.train.run_folder import RunFolder
+from posttrain.types import Completion
 
 
 def run(recipe_file: Path, *overrides: str) -> RunFolder:
@@ -55,3 +57,10 @@ class ProbeRank(LearnerRank):
         gradients = {n: safe_get_full_grad(parameters[n]).cpu().clone() for n in names}
         self._step()
         return gradients, before, dict(self.trainable_weights() or {})
+
+
+def moody(row: Row, completion: Completion, every: int) -> float:
+    """A reward that raises on some completions, as a user's might."""
+    if len(completion.text) % every == 0:
+        raise KeyError("unlucky length")
+    return float(len(completion.text) % 3)

@@ -47,7 +47,8 @@ class Row:
         prompt: chat messages up to the last user turn; the audio is not written into them.
         audio: path of the clip, or None for text-only rows.
         duration_s: length of the clip in seconds, None without audio.
-        events: everything annotated in the clip, in order of start.
+        events: everything annotated in the clip, in order of start; () also where nobody has
+            labelled it: such rows leave the key out, and only a learned reward scores them.
         query: label asked for; the target spans of grounding rows are the events that carry it.
         answer: reference answer; "" when there is none.
         choices: texts of the options of a `choice` row, in order (A), (B), ...
@@ -139,7 +140,7 @@ def parse_row(
     elif "messages" in record and "prompt" not in record:
         record = _from_trl_messages(record, where)
     row = _build(record, where, base_dir)
-    _validate(row, where)
+    _validate(row, where, labelled=record.get("events") is not None)
     return row
 
 
@@ -251,7 +252,7 @@ def _task(value: Any, where: str) -> Task:
 
 
 def parse_events(records: Iterable[Any], where: str) -> tuple[Event, ...]:
-    """Events in order of start from `{start_s, end_s, label}` records; ValueError names the bad one."""
+    """Events in order of start; ValueError names the record that is wrong."""
     events = []
     for i, record in enumerate(records):
         at = f"{where}: events[{i}]"
@@ -269,7 +270,7 @@ def parse_events(records: Iterable[Any], where: str) -> tuple[Event, ...]:
     return tuple(sorted(events, key=lambda e: (e.start_s, e.end_s)))
 
 
-def _validate(row: Row, where: str) -> None:
+def _validate(row: Row, where: str, labelled: bool) -> None:
     if row.audio is None and row.task in AUDIO_TASKS:
         raise ValueError(f"{where}: task {row.task.value!r} needs `audio`; give a path")
     if row.audio is not None and (row.duration_s is None or row.duration_s <= 0):
@@ -286,9 +287,10 @@ def _validate(row: Row, where: str) -> None:
             f"{where}: {row.task.value} row with query {row.query!r} and no such event; "
             "add the event, or use task 'absent'"
         )
-    if row.task in TIMED_TASKS and not row.events:
+    if row.task in TIMED_TASKS and labelled and not row.events:
         raise ValueError(
-            f"{where}: {row.task.value} row without `events`; label them, or use task 'absent'"
+            f"{where}: {row.task.value} row with `events` []; label them, use task 'absent', or "
+            "leave the key out where nobody has labelled the clip"
         )
     if row.task is Task.CHOICE and not row.answer:
         raise ValueError(f"{where}: choice row without `answer`; give the letter or the text")

@@ -48,18 +48,18 @@ class SilencedAnswers:
         self,
         audio: str,
         prompt: Sequence[Mapping[str, Any]],
-        completion: str,
         answer: str,
         silenced: Sequence[Sequence[tuple[float, float]]],
     ) -> list[float]:
         """See the Protocol. The sets are run one after the other: a long clip fits once."""
         waveform = drop_tokenless_tail(load_audio(audio), self.processor)
         prompt_ids = encode(self.processor, prompt, waveform)["input_ids"].to(self.device)
-        token_ids, first = self._completion_ids(completion, answer)
+        answer_ids = self.processor.tokenizer.encode(answer, add_special_tokens=False)
+        token_ids = torch.tensor(answer_ids, device=self.device)
         ids_1T = torch.cat([prompt_ids, token_ids.unsqueeze(0)], dim=1)
         embeds_1TH = self.model.get_input_embeddings()(ids_1T)
         mask = (ids_1T == self.model.config.audio_token_id).unsqueeze(-1)
-        start = prompt_ids.shape[1] + first
+        start = prompt_ids.shape[1]
         out = []
         for spans in silenced:
             audio_NH = self.audio_embeddings(silence(waveform, spans), prompt_ids)
@@ -67,7 +67,7 @@ class SilencedAnswers:
             hidden = self.model.model.language_model(
                 inputs_embeds=inputs, use_cache=False
             ).last_hidden_state[0, start - 1 : -1]
-            logprobs, _ = token_logprobs(hidden, token_ids[first:], self.model.lm_head)
+            logprobs, _ = token_logprobs(hidden, token_ids, self.model.lm_head)
             out.append(float(logprobs.sum()))
         return out
 
@@ -107,13 +107,3 @@ class SilencedAnswers:
         frames = torch.tensor([len(chunk) // hop + (len(chunk) % hop > 0)])
         _, lengths = self.model.model.audio_tower._get_feat_extract_output_lengths(frames)
         return self._windows[key], int(lengths[0])
-
-    def _completion_ids(self, completion: str, answer: str) -> tuple[Tensor, int]:
-        """(T,) ids of the completion, and the index of the first one that belongs to the answer."""
-        begins = completion.rfind(answer)
-        encoded = self.processor.tokenizer(
-            completion, add_special_tokens=False, return_offsets_mapping=True
-        )
-        ids = torch.tensor(encoded["input_ids"], device=self.device)
-        first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > begins)
-        return ids, first

@@ -43,7 +43,7 @@ def _score(row: Row, group: Group, reward: Reward) -> RowScore:
     iou: float | None = grounding.breakdown.get("iou")
     event_f1: float | None = grounding.breakdown.get("event_f1")
     if row.task is Task.ABSENT:
-        iou = event_f1 = grounding.value
+        iou = event_f1 = grounding.breakdown["raw"]
     value = reward(row, completion).value
     return RowScore(row.id, iou, event_f1, value, completion.text, completion.truncated)
 

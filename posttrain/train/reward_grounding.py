@@ -44,8 +44,6 @@ CLAIM_STEPS = 400
 
 def train_reward(recipe: Recipe) -> Path:
     """Runs the recipe; returns the run folder. The model is in its `reward_model` folder."""
-    if Path(recipe.model.path).exists():
-        recipe.model.path = str(Path(recipe.model.path).resolve())
     rows = timed([row for source in recipe.data.train.values() for row in _read(source)])
     fitting = [row for row in rows if not for_calibration(row)]
     keeping = [row for row in rows if for_calibration(row)]
@@ -248,8 +246,8 @@ def card(recipe: Recipe, summary: dict[str, Any]) -> str:
         "",
         "False claims in these figures: right words at a wrong time, right time with wrong words,",
         "and words that the clip does not hold, one of each for every event. p(claim | span)",
-        "assumes that mixture. Sounds of kinds that were never trained on are scored near chance:",
-        "look at the row of unheard sources before trusting the reward on a new domain.",
+        "assumes that mixture. Sounds of kinds that were never trained on may be scored near",
+        "chance: look at the row of unheard sources before trusting the reward elsewhere.",
         "",
         "```json",
         json.dumps(summary["scores"], indent=1),

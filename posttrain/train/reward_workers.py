@@ -110,12 +110,10 @@ class ActorAnswerScorer:
         self.actor = actor
 
     def answer_logprobs(
-        self, audio: str, prompt: Sequence[Mapping[str, Any]], completion: str, answer: str,
+        self, audio: str, prompt: Sequence[Mapping[str, Any]], answer: str,
         silenced: Sequence[Sequence[tuple[float, float]]],
     ) -> list[float]:  # fmt: skip
-        return ray.get(
-            self.actor.answer_logprobs.remote(audio, prompt, completion, answer, silenced)
-        )
+        return ray.get(self.actor.answer_logprobs.remote(audio, prompt, answer, silenced))
 
 
 def start_actor(kind: type, device: str, threads: int, *arguments: Any) -> Any:

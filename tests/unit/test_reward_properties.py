@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,7 +117,7 @@ def test_monotone_in_overlap(target: tuple, shifts: list) -> None:
     for shift in sorted(shifts):
         moved = (target[0] + shift / 10, target[1] + shift / 10)
         earned.append((span_iou(moved, target), raw_score([moved], [target], num_stated=1)))
-    for (overlap, score), (next_overlap, next_score) in zip(earned, earned[1:], strict=False):
+    for (overlap, score), (next_overlap, next_score) in itertools.pairwise(earned):
         assert next_score <= score + 1e-12
         if next_overlap < overlap:
             assert next_score < score

@@ -172,6 +172,10 @@ class AudioTextScorer(Protocol):
         frame."""
         ...
 
+    def presence(self, audio: str, phrase: str) -> float:
+        """Probability that the phrase is heard anywhere in the file."""
+        ...
+
     def claim_probabilities(
         self, audio: str, claims: Sequence[tuple[str, float, float]]
     ) -> list[float]:

@@ -2,10 +2,12 @@
 
     value = E[IoU] = sum of p inside the stated spans / (their length + sum of p outside)
 
-p is the probability, frame by frame, that the phrase asked for is heard: `posttrain run
-recipes/reward_grounding.yaml` trains the model behind it. Stated spans are merged first. An answer
-that says "none" earns 1 - max p. Rows without a `query` (dense timelines) earn the mean
-p(claim | span) over the claims of the answer, each with the words beside its span as the phrase.
+p is the probability, frame by frame, that the phrase asked for is heard; the model behind it is
+trained by `posttrain run recipes/reward_grounding.yaml`. Stated spans are merged first. An answer
+that says "none" earns 1 - p(heard at all), calibrated by itself: a phrase that the model is unsure
+of is hardly ever absent, and 1 - max p would pay for denying it. Rows without a `query` (dense
+timelines) earn the mean p(claim | span) over the claims of the answer, each with the words beside
+its span as the phrase.
 
 Range [0, 1]. Invalid spans make the answer worth 0, as do spans copied from the question.
 """
@@ -44,8 +46,7 @@ class AudioTextGrounding:
         terms = {"num_predicted": float(len(spans)), "none_stated": float(says_none)}
         refused = parsed.packed and self.packed == "refuse"
         if says_none and row.query:
-            probabilities, _ = self.scorer.relevance(row.audio, row.query)
-            return RewardResult(1 - max(probabilities), terms)
+            return RewardResult(1 - self.scorer.presence(row.audio, row.query), terms)
         if not spans or refused or not all(s.valid for s in spans):
             return RewardResult(0.0, terms)
         stated = merge([(s.start_s, s.end_s) for s in spans])

@@ -81,6 +81,7 @@ class AudioTextHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-3.0))
         self.temperature = nn.Parameter(torch.ones(()), requires_grad=False)
         self.span = nn.Sequential(nn.Linear(NUM_SPAN_FEATURES, 16), nn.GELU(), nn.Linear(16, 1))
+        self.presence = nn.Linear(1, 1)
 
     def relevance(
         self, frames_BNF: Tensor, mask_BN: Tensor, tokens_PLH: Tensor, tokens_mask_PL: Tensor
@@ -105,6 +106,10 @@ class AudioTextHead(nn.Module):
     def frame_probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities; the temperature is fitted on clips set aside for it."""
         return torch.sigmoid(logits / self.temperature)
+
+    def presence_probabilities(self, logits: Tensor) -> Tensor:
+        """Probability (...) that the phrase is heard at all, from its highest logit in (..., N)."""
+        return torch.sigmoid(self.presence(logits.amax(-1, keepdim=True))).squeeze(-1)
 
     def span_logits(self, logits_SN: Tensor, spans_S2: Tensor, num_frames_S: Tensor) -> Tensor:
         """Logits (S,) of "exactly this span holds what the phrase names".

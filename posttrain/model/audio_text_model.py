@@ -26,10 +26,13 @@ class AudioTextModel:
         self.head = head.to(device)
         self.features = FrozenFeatures(checkpoint or trained_on, device)
         self.device = device
-        self._answers: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], tuple[list[float], float]] = OrderedDict()
 
     def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
-        return self.relevance_batch([(audio, phrase)])[0], self.features.frame_s
+        return self.answer_batch([(audio, phrase)])[0][0], self.features.frame_s
+
+    def presence(self, audio: str, phrase: str) -> float:
+        return self.answer_batch([(audio, phrase)])[0][1]
 
     def claim_probabilities(
         self, audio: str, claims: Sequence[tuple[str, float, float]]
@@ -37,11 +40,13 @@ class AudioTextModel:
         return self.claims_batch([(audio, *claim) for claim in claims])
 
     @torch.no_grad()
-    def relevance_batch(self, questions: Sequence[tuple[str, str]]) -> list[list[float]]:
-        """Frame probabilities of each (audio path, phrase); equal questions are computed once."""
+    def answer_batch(self, questions: Sequence[tuple[str, str]]) -> list[tuple[list[float], float]]:
+        """(frame probabilities, probability of presence) of each (audio path, phrase); equal
+        questions are computed once."""
         fresh = [q for q in dict.fromkeys(questions) if q not in self._answers]
         for question, logits_N in zip(fresh, self._logits(fresh), strict=True):
-            self._answers[question] = self.head.frame_probabilities(logits_N).tolist()
+            frames = self.head.frame_probabilities(logits_N).tolist()
+            self._answers[question] = frames, float(self.head.presence_probabilities(logits_N))
         answers = [self._answers[q] for q in questions]
         for question in questions:
             self._answers.move_to_end(question)

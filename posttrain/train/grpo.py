@@ -78,14 +78,10 @@ class GrpoLoop:
         """Sample, score, advantage, update, sync, log; rollouts first, to look at what failed."""
         rows = self.data.batch(step)
         groups = self.sample(rows, step)
-        results = score(self.reward, rows, groups, self.recipe.scoring)
-        self.run.log_rollouts(rows, groups, results, step + 1)
-        errors = errors_of(results, self.recipe.scoring.errored)
-        self.progress.warn_of_errors(results, step + 1)
-        advantages, metrics = advantages_of(results, self.reward, self.recipe.algorithm)
-        metrics |= errors
+        results, metrics = self.score(rows, groups, step)
+        advantages, more = advantages_of(results, self.reward, self.recipe.algorithm)
         scored = scored_groups(rows, groups, results, advantages)
-        metrics |= self.cluster.learners.update(scored, step)
+        metrics |= more | self.cluster.learners.update(scored, step)
         self.check_skipped(bool(metrics["train/skipped"]), step)
         metrics |= self.sync()
         metrics |= rollout_metrics(groups, results, self.cluster.pool)
@@ -103,6 +99,18 @@ class GrpoLoop:
             for row in rows
         ]  # fmt: skip
         return self.cluster.pool.generate(requests, self.sampling)
+
+    def score(
+        self, rows: Sequence[Row], groups: Sequence[Group], step: int
+    ) -> tuple[list[list[RewardResult]], dict[str, float]]:
+        """One result a completion, logged at once; those that errored are counted and shown."""
+        started = time.monotonic()
+        results = score(self.reward, rows, groups, self.recipe.scoring)
+        seconds = time.monotonic() - started
+        self.run.log_rollouts(rows, groups, results, step + 1)
+        self.progress.warn_of_errors(results, step + 1)
+        errors = errors_of(results, self.recipe.scoring.errored)
+        return results, errors | {"reward/seconds": seconds}
 
     def sync(self) -> dict[str, float]:
         """Brings the workers to the new policy."""

@@ -121,11 +121,14 @@ def check_gpus(recipe: Recipe, learner_device: str, rollout_device: str, availab
         needed += recipe.learner.num_processes
     if rollout_device == "cuda":
         needed += recipe.rollout.num_workers * recipe.rollout.tensor_parallel_size
+    rewards = sum(term.options.get("device") == "cuda" for term in recipe.rewards.values())
+    needed += rewards
     if needed > available:
         raise ValueError(
-            f"learner.num_processes={recipe.learner.num_processes} and "
+            f"learner.num_processes={recipe.learner.num_processes}, "
             f"rollout.num_workers={recipe.rollout.num_workers} x "
-            f"tensor_parallel_size={recipe.rollout.tensor_parallel_size} need {needed} GPUs, "
+            f"tensor_parallel_size={recipe.rollout.tensor_parallel_size} and {rewards} rewards "
+            f"with options.device=cuda need {needed} GPUs, "
             f"the cluster has {available}; lower them, or join more nodes to the Ray cluster"
         )
 

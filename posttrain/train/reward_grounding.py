@@ -104,9 +104,9 @@ def fit_frames(
             norm = torch.nn.utils.clip_grad_norm_(head.parameters(), training.max_grad_norm)
             optimizer.step()
             schedule.step()
-            metrics = {"train/loss": float(loss), "train/grad_norm": float(norm)}
+            metrics = {"train/loss": loss.item(), "train/grad_norm": norm.item()}
             run.log(metrics | {"train/learning_rate": float(schedule.get_last_lr()[0])}, step + 1)
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
             bar.update(1)
     head.eval()
 
@@ -133,6 +133,7 @@ def calibrate(
         ]
     _fit_temperature(head, logits, batches)
     _fit_spans(head, logits, labels, crops, rows, rng)
+    _fit_presence(head, logits, batches)
 
 
 def _fit_temperature(
@@ -147,10 +148,30 @@ def _fit_temperature(
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(flat / log_temperature.exp(), target)
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     optimizer.step(closure)
     head.temperature.data = log_temperature.detach().exp()
+
+
+def _fit_presence(
+    head: AudioTextHead, logits: Sequence[torch.Tensor], batches: Sequence[FrameBatch]
+) -> None:
+    """Logistic regression of "heard at all" on the highest logit, both outcomes in equal weight."""
+    highest = torch.cat([line.amax(-1) for line in logits]).unsqueeze(-1)
+    heard = torch.cat([b.labels_BPN[0].amax(-1) for b in batches])
+    share = heard.mean().clamp(0.01, 0.99)
+    weight = torch.where(heard > 0, 0.5 / share, 0.5 / (1 - share))
+    optimizer = torch.optim.LBFGS(head.presence.parameters(), max_iter=100)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        scores = head.presence(highest).squeeze(-1)
+        loss = F.binary_cross_entropy_with_logits(scores, heard, weight)
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
 
 
 def _fit_spans(

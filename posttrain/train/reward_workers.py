@@ -57,11 +57,14 @@ class AudioTextActor:
 
     def __init__(self, head: str, checkpoint: str | None, device: str, max_batch: int) -> None:
         self.model = AudioTextModel(head, checkpoint, device)
-        self.questions = MicroBatcher(self.model.relevance_batch, max_batch)
+        self.questions = MicroBatcher(self.model.answer_batch, max_batch)
         self.claims = MicroBatcher(self._claims, max_batch)
 
     async def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
-        return await self.questions.ask((audio, phrase)), self.model.features.frame_s
+        return (await self.questions.ask((audio, phrase)))[0], self.model.features.frame_s
+
+    async def presence(self, audio: str, phrase: str) -> float:
+        return (await self.questions.ask((audio, phrase)))[1]
 
     async def claim_probabilities(
         self, audio: str, claims: Sequence[tuple[str, float, float]]
@@ -96,6 +99,9 @@ class ActorAudioTextScorer:
 
     def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
         return ray.get(self.actor.relevance.remote(audio, phrase))
+
+    def presence(self, audio: str, phrase: str) -> float:
+        return ray.get(self.actor.presence.remote(audio, phrase))
 
     def claim_probabilities(
         self, audio: str, claims: Sequence[tuple[str, float, float]]

@@ -163,6 +163,9 @@ class Known:
     def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
         return self.frames, 0.1
 
+    def presence(self, audio: str, phrase: str) -> float:
+        return 0.9
+
     def claim_probabilities(self, audio: str, claims: object) -> list[float]:
         return [self.claim for _ in claims]  # type: ignore[attr-defined]
 
@@ -186,7 +189,7 @@ def test_learned_reward_reads_answers_without_labels() -> None:
     assert value("<t>1.0-2.0</t>") == pytest.approx(0.8)
     assert value("<t>1.0-2.0</t> <t>1.0-2.0</t>") == pytest.approx(0.8)
     assert value("<t>1.0-2.0</t> <t>4.0-3.0</t>") == 0.0
-    assert value("x is not heard") == pytest.approx(0.2)
+    assert value("x is not heard") == pytest.approx(0.1)
     assert value("no idea") == 0.0
     dense = Row("d", (), "a.wav", 10.0, Task.DENSE, (Event(1, 2, "dog"),))
     assert value("dog <t>1.0-2.0</t>, cat <t>3-4</t>", dense) == pytest.approx(0.7)

@@ -83,11 +83,11 @@ class ScoringConfig:
     """How rewards are run, and what becomes of completions without one."""
 
     truncated: str = "drop"
-    """drop: out of loss and group mean; "0": a score of 0; score: like any other."""
+    """drop: out of loss and group mean; "0": worth 0 at most; score: like any other."""
     errored: str = "drop"
     """drop: out of loss and group mean, counted and shown; stop: end the run."""
     timeout_s: float = 60.0
-    """For one completion; past it the sample is errored."""
+    """A completion whose reward runs for so long while no other ends is errored."""
     num_threads: int = 16
     """Completions scored side by side: learned rewards form their batches from them."""
     prior: str | None = None

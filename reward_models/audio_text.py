@@ -9,7 +9,7 @@ of is hardly ever absent, and 1 - max p would pay for denying it. Rows without a
 timelines) earn the mean p(claim | span) over the claims of the answer, each with the words beside
 its span as the phrase.
 
-Range [0, 1]. Invalid spans make the answer worth 0, as do spans copied from the question.
+Range [0, 1]. One invalid span makes the answer worth 0; spans copied from the question are ignored.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from dataclasses import dataclass
 
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
-from posttrain.types import AudioTextScorer, Completion, RewardResult, RewardStatus
+from posttrain.types import AudioTextScorer, Completion, RewardResult, RewardStatus, Task
 from reward_models.claims import claims_of
 from reward_models.grounding import question_spans, without_copies
 from reward_models.spans import merge
 from reward_models.timestamps import ParseStatus, parse_spans
+
+
+SCORABLE = (Task.GROUNDING, Task.POINTS, Task.DENSE, Task.ABSENT)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class AudioTextGrounding:
     name: str = "audio_text_grounding"
 
     def __call__(self, row: Row, completion: Completion) -> RewardResult:
-        if row.audio is None:
-            return RewardResult(None, {}, RewardStatus.UNSCORABLE, "row has no audio")
+        if row.audio is None or row.task not in SCORABLE:
+            reason = f"task {row.task.value!r} is not about when something is heard"
+            return RewardResult(None, {}, RewardStatus.UNSCORABLE, reason)
         _, answer = split_thinking(completion.text)
         parsed = parse_spans(answer, row.duration_s, form="grounding")
         spans = without_copies(parsed.spans, question_spans(row))
@@ -54,13 +58,11 @@ class AudioTextGrounding:
             probabilities, frame_s = self.scorer.relevance(row.audio, row.query)
             value = expected_iou(probabilities, frame_s, stated)
             return RewardResult(value, terms)
-        claims = [c for c in claims_of(answer, spans) if c.text]
-        if not claims:
-            return RewardResult(0.0, terms)
+        claims = claims_of(answer, spans)
         scores = self.scorer.claim_probabilities(
-            row.audio, [(c.text, c.span.start_s, c.span.end_s) for c in claims]
+            row.audio, [(c.text, c.span.start_s, c.span.end_s) for c in claims if c.text]
         )
-        return RewardResult(sum(scores) / len(scores), terms | {"num_claims": float(len(claims))})
+        return RewardResult(sum(scores) / len(claims), terms | {"num_claims": float(len(claims))})
 
 
 def expected_iou(

@@ -31,6 +31,7 @@ class Claim:
     text: str
     span: Span
     words: tuple[str, ...] = ()
+    named_before: bool = True
 
 
 @lru_cache(maxsize=4096)
@@ -62,7 +63,7 @@ def claims_of(text: str, spans: Sequence[Span]) -> list[Claim]:
         words = tuple(_singular(w) for w in _WORD.findall(clause.casefold()))
         if not _content_words(clause) and claims:
             clause, words = claims[-1].text, claims[-1].words
-        claims.append(Claim(clause.strip(), span, words))
+        claims.append(Claim(clause.strip(), span, words, named_before))
     return claims
 
 
@@ -98,6 +99,35 @@ def label_named(
 def _occurs(needle: tuple[str, ...], words: tuple[str, ...]) -> bool:
     size = len(needle)
     return size > 0 and any(words[i : i + size] == needle for i in range(len(words) - size + 1))
+
+
+def events_named(
+    claim: Claim, labels: Sequence[str], similarity: Similarity | None = None
+) -> list[bool]:
+    """For each event's label, whether the claim speaks of it.
+
+    A claim speaks of one label only: where several fit, of the longest, and of those of one length
+    the nearest to the span; so listing all names beside each span gains nothing.
+    """
+    fitting = {label for label in labels if names(claim, label, similarity)}
+    named = {label for label in fitting if label_words(label)}
+    if len(named) > 1:
+        best = max(named, key=lambda label: (len(label_words(label)), _place(claim, label)))
+        fitting = (fitting - named) | {best}
+    return [label in fitting for label in labels]
+
+
+def _place(claim: Claim, label: str) -> int:
+    """Words between the label's last mention and the span, as a negative number."""
+    needle, words = label_words(label), claim.words
+    ends = [
+        i + len(needle)
+        for i in range(len(words) - len(needle) + 1)
+        if words[i : i + len(needle)] == needle
+    ]
+    if not ends:
+        return -len(words) - 1
+    return max(ends) - len(words) if claim.named_before else -min(ends)
 
 
 def names(claim: Claim, label: str, similarity: Similarity | None = None) -> bool:

@@ -6,7 +6,8 @@
 Both times equally many seconds are silenced. 0.5 means that silencing what the thought cites makes
 the answer half as likely as silencing the same length elsewhere. The answer is scored right after
 the prompt: with the thought before it, its words could be copied from there and no silence would
-matter. A thought that cites nothing earns 0, and so does one that cites more than half of the clip:
+matter. Cited is what the thought cites, or the answer where there is no thought; times of the
+question and packed minutes do not count. A thought that cites nothing earns 0, and so does one that cites more than half of the clip:
 there is not as much left to compare with, and "everything" is no evidence.
 
 Source: faithfulness by ablation of cited evidence (arXiv 2606.09248 shows that stamps are mostly
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
 from posttrain.types import AnswerScorer, Completion, RewardResult, RewardStatus
+from reward_models.grounding import question_spans, without_copies
 from reward_models.spans import SpanS, length, merge
 from reward_models.timestamps import parse_spans
 
@@ -45,7 +47,8 @@ class EvidenceAblation:
             return RewardResult(None, {}, RewardStatus.UNSCORABLE, "row has no audio")
         thought, answer = split_thinking(completion.text)
         parsed = parse_spans(thought or answer, row.duration_s)
-        cited = merge(parsed.valid_spans)
+        spans = [] if parsed.packed else without_copies(parsed.spans, question_spans(row))
+        cited = merge([(s.start_s, s.end_s) for s in spans if s.valid])
         cited_s = length(cited)
         terms = {"cited_s": cited_s, "num_cited": float(len(cited))}
         if not answer or cited_s < MIN_CITED_S or cited_s > row.duration_s / 2:

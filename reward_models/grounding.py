@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
 from posttrain.types import Completion, RewardResult, RewardStatus, Task
-from reward_models.claims import Similarity, claims_of, label_words, names
+from reward_models.claims import Similarity, claims_of, events_named, label_words
 from reward_models.prior import BlindPrior, adjusted, fit_prior
 from reward_models.spans import SpanS, assign, distinct, event_f1, iou, span_iou
 from reward_models.time_words import NUMBER_WORDS, normalise
@@ -128,9 +128,9 @@ class TimestampGrounding:
         events = [e for e in row.events if row.query is None or e.label == row.query]
         by_span: dict[SpanS, list[bool]] = {}
         for claim in claims_of(answer, spans):
-            named = [names(claim, event.label, self.similarity) for event in events]
+            named = events_named(claim, [e.label for e in events], self.similarity)
             key = (claim.span.start_s, claim.span.end_s)
-            by_span[key] = [a or b for a, b in zip(by_span.get(key, named), named, strict=True)]
+            by_span.setdefault(key, named)
         return [by_span.get(span, [True] * len(events)) for span in valid]
 
     def _count(self, row: Row, answer: str) -> RewardResult:
@@ -153,7 +153,9 @@ class TimestampGrounding:
         if len(wanted) == 1:
             candidates = labels_in_order(_question(row), labels)
             blind = 1 / max(2, len(candidates))
-            raw = float(stated == wanted)
+            compared = re.search(r"\b(?:before|earlier than|vor|avant|antes|до|раньше)\b", answer)
+            first = stated[:1] if compared else stated
+            raw = float(first == wanted)
             return RewardResult(adjusted(raw, blind), {"raw": raw, "blind": blind})
         tau = kendall_tau(stated, wanted)
         return RewardResult(tau, {"raw": (1 + tau) / 2, "blind": 0.5, "kendall_tau": tau})
@@ -247,58 +249,62 @@ def _question(row: Row) -> str:
 
 def question_spans(row: Row) -> tuple[SpanS, ...]:
     """Times that the question itself states, seconds."""
-    return parse_spans(_question(row), row.duration_s).valid_spans
+    return parse_spans(_question(row), row.duration_s, form="grounding").valid_spans
 
 
-def without_copies(
-    spans: Sequence[Span], copied: Sequence[SpanS], within_s: float = 0.05
-) -> list[Span]:
-    """`spans` without those that repeat a time of the question."""
+def without_copies(spans: Sequence[Span], copied: Sequence[SpanS]) -> list[Span]:
+    """`spans` without those that repeat a time of the question: an IoU above 0.9 with it, or both
+    ends within 0.05 s."""
     return [
         span
         for span in spans
-        if not any(
-            abs(span.start_s - s) <= within_s and abs(span.end_s - e) <= within_s for s, e in copied
-        )
+        if not any(_is_copy((span.start_s, span.end_s), source) for source in copied)
     ]
 
 
+def _is_copy(span: SpanS, source: SpanS) -> bool:
+    close = abs(span[0] - source[0]) <= 0.05 and abs(span[1] - source[1]) <= 0.05
+    return close or span_iou(span, source) > 0.9
+
+
+_NUMBER_WORD = "|".join(sorted((w for w in NUMBER_WORDS if w.isalpha()), key=len, reverse=True))
+_AMOUNT = rf"(?:\d{{1,4}}|{_NUMBER_WORD})"
 _COUNTED = re.compile(
-    r"(?<![\d.:])(\d{1,4}|[a-z]+)\s{0,2}(?:times?|occurrences?|x\b|mal\b|fois\b|veces\b)"
+    rf"(?<![\d.:])\b((?:{_AMOUNT}(?:,| or| to| and|-)\s?){{0,3}}{_AMOUNT})\s{{0,2}}"
+    r"(?:times?\b|occurrences?\b|x\b|mal\b|fois\b|veces\b)|\b(once|einmal|twice|a single time)\b"
 )
-_INTEGER = re.compile(r"(?<![\d.:,])\d{1,4}(?![\d.:,]\d|\d)")
+_AMOUNTS = re.compile(rf"(?<![\d.:,])\b{_AMOUNT}\b(?![.:,]?\d)")
+_ADVERBS = {"once": 1, "einmal": 1, "a single time": 1, "twice": 2}
 
 
 def count_stated(text: str, query: str | None, spans: Sequence[Span] = ()) -> int | None:
     """The number that an answer to "how often?" gives; None when it gives none or several.
 
-    The name asked for is taken out first: "seven is heard 2 times" says 2. Times are no counts.
+    The name asked for is taken out first: "seven is heard 2 times" says 2. Times are no counts,
+    and "once every 2 s" is not one.
     """
     for span in reversed(spans):
         text = text[: span.char_range[0]] + " " + text[span.char_range[1] :]
     text = normalise(text)
     if query:
         text = re.sub(rf"\b{re.escape(normalise(query))}\b", " ", text)
-    if re.search(r"\b(?:once|einmal)\b", text):
-        return 1
-    if re.search(r"\btwice\b", text):
-        return 2
-    found = [_integer(word) for word in _COUNTED.findall(text)]
-    numbers = {n for n in found if n is not None}
-    if not numbers:
-        numbers = {int(n) for n in _INTEGER.findall(text)}
-    if not numbers:
-        found = [_integer(word) for word in re.findall(r"[a-z]+", text) if word != "a"]
-        numbers = {n for n in found if n is not None}
+    text = re.sub(r"\b(?:once|twice) (?:every|per|a|each)\b[^,.;]*", " ", text)
+    numbers: set[int] = set()
+    for match in _COUNTED.finditer(text):
+        if match[2]:
+            denied = text[: match.start()].rstrip().endswith("not")
+            numbers.add(0 if denied else _ADVERBS[match[2]])
+        else:
+            numbers |= {_integer(word) for word in _AMOUNTS.findall(match[1])}
     if not numbers and parse_spans(text).status is ParseStatus.NONE_STATED:
         return 0
+    if not numbers:
+        numbers = {_integer(word) for word in _AMOUNTS.findall(text) if word != "a"}
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _integer(word: str) -> int | None:
-    if word.isdigit():
-        return int(word)
-    return int(NUMBER_WORDS[word]) if word in NUMBER_WORDS else None
+def _integer(word: str) -> int:
+    return int(word) if word.isdigit() else int(NUMBER_WORDS[word])
 
 
 def labels_in_order(text: str, labels: Sequence[str]) -> list[str]:

@@ -44,7 +44,8 @@ def grounding_metrics(row: Row, completion: Completion) -> dict[str, float | Non
         return out
     if row.task not in (Task.GROUNDING, Task.POINTS, Task.DENSE) or not targets:
         return out
-    out["unparseable_rate"] = float(not parsed.spans)
+    unread = (ParseStatus.UNPARSEABLE, ParseStatus.EMPTY)
+    out["unparseable_rate"] = float(parsed.status in unread)
     if len(targets) > 1:
         out["count_accuracy"] = float(len(spans) == len(targets))
     if row.task is Task.POINTS or all(s == e for s, e in targets):

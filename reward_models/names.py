@@ -14,3 +14,5 @@ REWARD_NAMES = (
 )
 FORM_ONLY = ("format", "length_band", "repetition")
 """Rewards that do not look at whether anything is true: they never stand alone."""
+MODEL_REWARDS = ("evidence_ablation", "audio_text_grounding")
+"""Rewards that ask a model, each served by an actor of its own."""

@@ -139,7 +139,7 @@ def fit_prior(rows: Iterable[Row], raw_score: RawScore, point_score: RawScore) -
         point_score: the same for a points row.
     """
     by_task: dict[Task, list[Row]] = {}
-    labelled = (row for row in rows if row.target_spans or row.task is Task.ABSENT)
+    labelled = (r for r in rows if r.target_spans or r.task in (Task.ABSENT, Task.COUNT))
     for row in labelled:
         by_task.setdefault(row.task, []).append(row)
     counts = Counter(_target_count(row) for row in by_task.get(Task.COUNT, []))

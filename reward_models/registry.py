@@ -87,7 +87,8 @@ class WeightedSum:
 
     A term that is unscorable for the row is left out; so is one whose gate is not open, with 0 in
     its place. The sum is unscorable when all terms are. A truncated completion is, by `truncated`,
-    left out ("drop"), worth 0 ("0") or scored like any other ("score"). A term that raised, or
+    left out ("drop"), worth 0 or less ("0": no term counts above 0, what is negative stays, so
+    that never ending pays no more than ending wrongly) or scored like any other ("score"). A term that raised, or
     returned a value that is not finite, makes the sample errored: never a number in its place.
     """
 
@@ -98,11 +99,12 @@ class WeightedSum:
     def __call__(self, row: Row, completion: Completion) -> RewardResult:
         if completion.truncated and self.truncated == "drop":
             return RewardResult(None, {}, RewardStatus.TRUNCATED, "cut at max_completion_length")
-        if completion.truncated and self.truncated == "0":
-            return RewardResult(0.0, {"truncated": 1.0})
         results: dict[str, RewardResult] = {}
         for term in self.terms:
-            results[term.reward.name] = result = call_safely(term.reward, row, completion)
+            result = call_safely(term.reward, row, completion)
+            if completion.truncated and self.truncated == "0":
+                result = _at_most_zero(result)
+            results[term.reward.name] = result
             if result.status is RewardStatus.ERRORED:
                 return result
         breakdown: dict[str, float] = {}
@@ -115,7 +117,8 @@ class WeightedSum:
             breakdown[name] = result.value * is_open
             breakdown |= {f"{name}/{key}": value for key, value in result.breakdown.items()}
             total += term.weight * result.value * is_open
-        if not breakdown:
+        contents = [t for t in self.terms if t.weight and t.reward.name not in FORM_ONLY]
+        if not breakdown or (contents and not any(t.reward.name in breakdown for t in contents)):
             return RewardResult(None, {}, RewardStatus.UNSCORABLE, "no reward applies to the row")
         return RewardResult(total, breakdown)
 
@@ -137,6 +140,12 @@ def call_safely(reward: Reward, row: Row, completion: Completion) -> RewardResul
     return result
 
 
+def _at_most_zero(result: RewardResult) -> RewardResult:
+    if result.value is None:
+        return result
+    return replace(result, value=min(0.0, result.value))
+
+
 def check_scorable(reward: WeightedSum, rows: Iterable[Row]) -> None:
     """Every row is scored by a reward that reads the content; else its form alone would train.
 
@@ -144,8 +153,7 @@ def check_scorable(reward: WeightedSum, rows: Iterable[Row]) -> None:
         ValueError: the row, its task, and what to do.
     """
     contents = [t.reward for t in reward.terms if t.reward.name not in FORM_ONLY and t.weight]
-    asks_a_model = any(hasattr(content, "scorer") for content in contents)
-    for row in rows if not asks_a_model else ():
+    for row in rows:
         reference = Completion((), (), row.answer, "stop", 0)
         results = [call_safely(content, row, reference) for content in contents]
         if all(result.status is RewardStatus.UNSCORABLE for result in results):
@@ -215,8 +223,8 @@ def build_reward(name: str, spec: RewardSpec, context: RewardContext) -> Reward:
 
 
 SERVICE_OPTIONS = {
-    "audio_text_grounding": ("head", "device", "max_batch"),
-    "evidence_ablation": ("checkpoint", "device", "max_batch"),
+    "audio_text_grounding": ("head", "checkpoint", "device", "max_batch"),
+    "evidence_ablation": ("checkpoint", "device"),
 }
 """Options that say where a reward's model runs; read by whoever starts it."""
 

@@ -79,8 +79,7 @@ def score_file(
                     continue
                 record["rewards"] = score_row(rewards, row, completion, collected, not_scored)
                 if row.task in TIMED_TASKS:
-                    adjusted = grounding(row, completion).value
-                    collected.add({"blind_adjusted": adjusted})
+                    collected.add({"blind_adjusted": grounding(row, completion).value})
                 written.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 num_rows += 1
                 on_row()
@@ -137,6 +136,12 @@ def read_row(record: Any) -> tuple[Row, Completion]:
     for key in ("id", "completion"):
         if not isinstance(record.get(key), str | int) or record.get(key) is True:
             raise ValueError(f"`{key}` is {record.get(key)!r}; text is needed")
+    for key in ("query", "language", "question", "answer", "audio"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            raise ValueError(f"`{key}` is {record[key]!r}; text is needed")
+    choices = record.get("choices") or ()
+    if not isinstance(choices, list | tuple) or not all(isinstance(c, str) for c in choices):
+        raise ValueError(f"`choices` is {choices!r}; a list of texts is needed")
     events = parse_events(record.get("events") or (), "row")
     duration_s = record.get("duration_s")
     if duration_s is not None and (
@@ -144,9 +149,13 @@ def read_row(record: Any) -> tuple[Row, Completion]:
     ):
         raise ValueError(f"`duration_s` is {duration_s!r}; seconds above 0 are needed")
     for event in events:
-        if event.end_s < event.start_s or (duration_s and event.end_s > duration_s + 0.05):
+        if (
+            event.start_s < 0
+            or event.end_s < event.start_s
+            or (duration_s and event.end_s > duration_s + 0.05)
+        ):
             raise ValueError(
-                f"event {event.start_s:g}-{event.end_s:g} s is reversed or leaves the clip of "
+                f"event {event.start_s:g}-{event.end_s:g} s is reversed or outside the clip of "
                 f"{duration_s} s"
             )
     task = record.get("task") or ("grounding" if events else "chat")
@@ -157,7 +166,7 @@ def read_row(record: Any) -> tuple[Row, Completion]:
     row = Row(
         str(record["id"]), ({"role": "user", "content": str(record.get("question") or "")},),
         record.get("audio"), duration_s, Task(task), events, record.get("query"),
-        str(record.get("answer") or ""), tuple(record.get("choices") or ()),
+        str(record.get("answer") or ""), tuple(choices),
         str(record.get("language") or "en"),
     )  # fmt: skip
     if row.task in TIMED_TASKS and not row.target_spans:

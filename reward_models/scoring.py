@@ -29,6 +29,7 @@ class _Call:
     row: Row
     completion: Completion
     started_s: float | None = None
+    ended_s: float = 0.0
     result: RewardResult | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -41,7 +42,8 @@ def score_all(
     `errored`, and only that one.
 
     Args:
-        timeout_s: for one completion, from when its scoring begins.
+        timeout_s: a call is too late when it has run for so long and no other has ended in that
+            time: waiting in a busy model's queue is not hanging.
     """
     calls = [_Call(row, completion) for row, completion in items]
     waiting: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -63,17 +65,19 @@ def score_all(
 
 def _late(calls: Sequence[_Call], timeout_s: float) -> list[_Call]:
     now = time.monotonic()
+    last_end_s = max(call.ended_s for call in calls)
     return [
         c
         for c in calls
-        if not c.done.is_set() and c.started_s is not None and now - c.started_s > timeout_s
+        if not c.done.is_set()
+        and c.started_s is not None
+        and now - max(c.started_s, last_end_s) > timeout_s
     ]
 
 
 def _timed_out(reward: Reward, call: _Call, timeout_s: float) -> RewardResult:
     reason = (
-        f"{reward.name} on row {call.row.id!r}: no result within {timeout_s:g} s "
-        "(scoring.timeout_s)"
+        f"{reward.name} on row {call.row.id!r}: no result for {timeout_s:g} s (scoring.timeout_s)"
     )
     return RewardResult(None, {}, RewardStatus.ERRORED, reason)
 
@@ -85,7 +89,7 @@ def _start_worker(reward: Reward, waiting: queue.SimpleQueue[_Call | None]) -> N
             result = call_safely(reward, call.row, call.completion)
             if call.done.is_set():
                 return  # given up on: another thread has taken this one's place
-            call.result = result
+            call.result, call.ended_s = result, time.monotonic()
             call.done.set()
 
     threading.Thread(target=work, daemon=True, name="posttrain-reward").start()

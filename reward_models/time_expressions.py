@@ -10,36 +10,17 @@ recognised by the words around it, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from reward_models import time_words as words
-from reward_models.spans_found import Found, clock_seconds, resolution_of
+from reward_models.spans_found import Found, resolution_of
+from reward_models.time_atoms import NUMBER, Atom, read_atoms
 from reward_models.time_shares import shares_of_clip
 
-_BEHIND = rf"(?<!\d[.,:])(?<![{words.LETTER}\d$€£¥#/_])"
-_NUMBER = r"\d{1,6}(?:[.,]\d{1,6})?"
-_ORDINAL = r"(?:st|nd|rd|th|er|e|ème|º|ª|-?(?:я|й|ю|ой|ую|ей|го|ых))"
-_UNIT_AFTER = (
-    rf"(?P<gap>[ -]?)(?:(?P<counted>{words.FIRST_WORDS}|{words.LAST_WORDS})\s)?"
-    rf"(?:{words.UNIT})(?P<half> and a half\b)?(?!/)"
-)
-_DIGIT = re.compile(r"[\d〇零一二两兩三四五六七八九十百]")
-_DIGIT_ATOM = re.compile(
-    rf"{_BEHIND}(?P<clock>\d{{1,3}}+(?::\d{{2}}){{1,2}}+(?:[.,]\d{{1,3}}+)?)(?!\d|:\d)|"
-    rf"{_BEHIND}(?P<feet>\d{{1,3}}'[0-5]\d(?:\"|'')?)(?!\d)|"
-    rf"(?P<number>(?:{_BEHIND}|(?<=\d[mh])|(?<=\dmin))"
-    rf"{_NUMBER}(?P<ordinal>{_ORDINAL}(?=[ -])|\.(?= sek| min))?|{words.HAN_NUMBER}){_UNIT_AFTER}|"
-    rf"{_BEHIND}(?P<bare>{_NUMBER})(?:{_ORDINAL}(?![{words.LETTER}])|\.(?= (?:bis|und)))?(?![\d%])"
-)
-_WORD_BEFORE = re.compile(rf"(?<![{words.LETTER}])(?:{words.WORD_NUMBER})(?=[ -]?$)")
-_WORD_ATOM = re.compile(rf"(?P<number>{words.WORD_NUMBER})(?P<ordinal>(?!)x)?{_UNIT_AFTER}")
-_NAMED = re.compile(
-    rf"(?<![{words.LETTER}])(?:{words.UNIT_BEFORE_NUMBER})\s(?:nr\.? |no\.? |# ?)?"
-    rf"(?P<named>{_NUMBER})(?!\d|:|\s?%)"
-)
-_COMPOUND = re.compile(r"(?:\s{0,2}(?:and|und|et|y|e|и|و|,)?\s{0,2})$")
 _LIST_GOES_ON = re.compile(rf"\s{{0,2}}(?:[,;/]\s{{0,2}})?(?:(?:{words.AND})\s{{0,2}})?$")
+_LIST_FOLLOWS = re.compile(r"\s?(?:,|and)\s?\d")
+_NEGATIVE = re.compile(r"(?:^|[\s(\[>])-$")
+_CUE_INDEX = re.compile(r"^\d{1,6}[ \t]{0,3}\n(?=[^\n]{1,16}-->)", re.MULTILINE)
 _COMMA = re.compile(r"\s{0,2},\s{0,2}$")
 _JOINER = re.compile(
     rf"\s{{0,3}}(?P<join>{words.JOINER}|{words.AND})\s{{0,3}}(?:{words.FILLER}\s{{0,2}}){{0,2}}$"
@@ -48,40 +29,28 @@ _END_CUE = re.compile(
     r"[\s\"')\]]{0,3}(?:,|;|\band\b|\bthen\b|\bund\b|\bet\b|\by\b|\bи\b)?[\s\"']{0,2}"
     r"(?:and |then |it )?\"?(?:end(?:s|ing|ed)?|stop(?:s|ping|ped)?|finish(?:es|ing|ed)?|offset|"
     r"fad(?:es|ing)|until|endet|finit|termina|заканчивается)(?:[ _]time)?\"?(?: out)?[\s:=]{0,3}"
-    r"(?:at|around|by|um|à|en|в)?\s{0,2}$"
+    r"(?:at|around|by|um|à|en|в)?[\s\"]{0,2}$"
 )
 _START_CUE = re.compile(
     r"\b(?:start(?:s|ing|ed)?|begin(?:s|ning)?|began|onset|from|beginnt|commence|empieza|comienza|"
-    r"начинается)(?:[ _]time)?(?: is)?[\s:=]{0,3}(?:at|around|um|bei|à|en|в|the)?\s{0,2}$"
+    r"начинается)(?:[ _]time)?(?: is)?[\s:=]{0,3}(?:at|around|um|bei|à|en|в|the)?[\s\"]{0,2}$"
 )
+_POINT_NUMBER = NUMBER.replace("[.,]", "[.]")
 _BRACKETS = re.compile(
-    rf"(?P<bracket>[\[(])\s{{0,3}}(?P<first>{_NUMBER.replace('[.,]', '[.]')})"
-    rf"\s{{0,3}}(?:{words.JOINER}|,)\s{{0,3}}"
-    rf"(?P<second>{_NUMBER.replace('[.,]', '[.]')})\s{{0,3}}[\])]"
+    rf"[\[(]\s{{0,3}}(?P<first>{_POINT_NUMBER})\s?(?P<unit>s|sec|seconds)?\s{{0,3}}"
+    rf"(?:{words.JOINER}|,)\s{{0,3}}(?P<second>{_POINT_NUMBER})\s?(?:s|sec|seconds)?\s{{0,3}}[\])]"
 )
+_ONLY_NUMBER_BEFORE = re.compile(
+    r"(?:<[a-z/]{1,12}>|[\s\[\](:=]|\b(?:answer|final|the|is|it|at|time|around|about|second|starts?|"
+    r"begins?)\b){0,20}"
+)
+_ONLY_NUMBER_AFTER = re.compile(r"(?:<[a-z/]{1,12}>|[\s.\])]){0,20}")
 _LINE_START = re.compile(
     r"^\s*(?:[-*•#>]{1,3}|\(?\d{1,3}[.)]|\(?[a-z][.)])?\s*[\"'\[({<*|]{0,3}\s*$"
 )
 _SEPARATED_BEFORE = re.compile(r"[\[({<|*\"=~:;>]\s{0,2}$")
 _SEPARATED_AFTER = re.compile(r"^\s{0,2}(?:$|[\])}>|*\"':;,.!?-])")
 _BEFORE_CHARS, _AFTER_CHARS = 56, 40
-
-
-@dataclass(frozen=True, slots=True)
-class _Atom:
-    """kind: clock, quantity, named or bare; `unit`: of a quantity, "second" or larger."""
-
-    kind: str
-    value: float
-    start: int
-    end: int
-    unit: str = ""
-    resolution_s: float = 1.0
-    length: bool = False  # "30-second", "10 second pause": an adjective
-    counted: str = ""  # "5 dernières secondes": from which end of the clip
-    issue: str = ""
-    written: str = ""
-    spelled: bool = False  # in words
 
 
 def read_prose(
@@ -94,10 +63,11 @@ def read_prose(
         duration_s: clip length, for places relative to its end.
         bare: numbers without any unit are seconds too (a grounding task's answer).
     """
+    text = _CUE_INDEX.sub(lambda m: "\x00" * (len(m.group()) - 1) + "\n", text)
     found, text = _bracketed(text, bare)
-    atoms = _compounds(text, list(_atoms(text)))
+    atoms = read_atoms(text)
     attempted = False
-    listed: _Atom | None = None
+    listed: Atom | None = None
     i = 0
     while i < len(atoms):
         first, second = atoms[i], atoms[i + 1] if i + 1 < len(atoms) else None
@@ -106,7 +76,7 @@ def read_prose(
                 found.append(pair)
             i += 2
             continue
-        point = _as_point(text, first, duration_s, bare)
+        point = _to_the_end(text, first, duration_s) or _as_point(text, first, duration_s, bare)
         if point is None and _goes_on(text, listed, first):
             point = _found(first, first, "unit")
         listed = first if point is not None and first.kind == "quantity" else None
@@ -122,7 +92,18 @@ def read_prose(
     return found, attempted
 
 
-def _goes_on(text: str, last: _Atom | None, atom: _Atom) -> bool:
+def _to_the_end(text: str, atom: Atom, duration_s: float | None) -> Found | None:
+    """`from 5 s to the end` and `from the beginning to 5 s`."""
+    if atom.kind == "bare":
+        return None
+    if words.FROM_START.search(_before(text, atom.start)):
+        return Found(0.0, atom.value, atom.start, atom.end, "relative", atom.resolution_s)
+    if duration_s is not None and words.TO_END.match(_after(text, atom.end)):
+        return Found(atom.value, duration_s, atom.start, atom.end, "relative", atom.resolution_s)
+    return None
+
+
+def _goes_on(text: str, last: Atom | None, atom: Atom) -> bool:
     """`at 5 s, 9 s and 15 s`: a quantity that follows a place in a list is one, too."""
     if last is None or atom.kind != "quantity" or atom.length:
         return False
@@ -135,7 +116,7 @@ def _bracketed(text: str, bare: bool) -> tuple[list[Found], str]:
     found = []
     for match in _BRACKETS.finditer(text):
         first, second = match["first"], match["second"]
-        if bare or "." in first + second:
+        if bare or match["unit"] or "." in first + second:
             found.append(
                 Found(float(first), float(second), match.start(), match.end(), "seconds",
                       resolution_of(second), (first, second))
@@ -152,120 +133,6 @@ def blank(text: str, ranges: list[tuple[int, int]]) -> str:
     return "".join([*parts, text[position:]])
 
 
-def _atoms(text: str) -> list[_Atom]:
-    """In order of appearance; of two that overlap, the one that begins first."""
-    atoms: list[_Atom] = []
-    for atom in sorted([*_digit_atoms(text), *_word_atoms(text)], key=lambda a: (a.start, -a.end)):
-        if not atoms or atom.start >= atoms[-1].end:
-            atoms.append(atom)
-    return atoms
-
-
-def _digit_atoms(text: str) -> Iterator[_Atom]:
-    """Everything that begins with a digit. Tried at digits alone: most of a text is letters."""
-    position = 0
-    while digit := _DIGIT.search(text, position):
-        match = _DIGIT_ATOM.match(text, digit.start())
-        position = match.end() if match else digit.end()
-        if match is None:
-            continue
-        if match["clock"]:
-            yield _clock(match)
-        elif match["feet"]:
-            minutes, seconds = re.findall(r"\d+", match["feet"])
-            yield _Atom("clock", 60.0 * int(minutes) + int(seconds), *match.span())
-        elif match["number"]:
-            yield from _quantity(text, match)
-        else:
-            written = match["bare"]
-            yield _Atom("bare", words.number_value(written), *match.span(), "",
-                        resolution_of(written), written=written.replace(",", "."))  # fmt: skip
-
-
-def _word_atoms(text: str) -> Iterator[_Atom]:
-    """Number words before a unit, and numbers after one; found by the stems of the units."""
-    for stem in words.UNIT_STEMS:
-        position = text.find(stem)
-        while position >= 0:
-            before = max(0, position - 32)
-            number = _WORD_BEFORE.search(text[before:position])
-            if number and (match := _WORD_ATOM.match(text, before + number.start())):
-                yield from _quantity(text, match)
-            if match := _NAMED.match(text, position - 2 * text.startswith("ال", position - 2)):
-                unit = "minute" if match["minute_n"] else "second"
-                value = words.UNIT_SECONDS[unit] * words.number_value(match["named"])
-                resolution_s = resolution_of(match["named"])
-                yield _Atom("named", value, *match.span(), unit, resolution_s)
-            position = text.find(stem, position + len(stem))
-
-
-def _clock(match: re.Match[str]) -> _Atom:
-    written = match["clock"]
-    fields = written.replace(",", ".").split(":")
-    over = any(float(field) >= 60 for field in fields[1:])
-    return _Atom(
-        "clock", clock_seconds(written), *match.span(), resolution_s=resolution_of(written),
-        issue="seconds field of 60 or more" if over else "", written=written,
-    )  # fmt: skip
-
-
-def _quantity(text: str, match: re.Match[str]) -> list[_Atom]:
-    unit = next(name for name in words.UNIT_SECONDS if match[name])
-    number, span = match["number"], match.span()
-    if match["ordinal"]:
-        number = number[: match.start("ordinal") - match.start()]
-    value = words.number_value(number) + 0.5 * bool(match["half"])
-    written_unit = match[unit]
-    if number == "a" and unit == "second":
-        return []  # "after a second bark"
-    is_decade = written_unit == "s" and not match["gap"] and value % 10 == 0 and value >= 20
-    before = text[max(0, span[0] - 12) : span[0]]
-    if is_decade and (value >= 1000 or re.search(r"\b(?:the|early|late|mid|mid-)\s?$", before)):
-        return []
-    adjective = match["gap"] == "-" or (
-        written_unit in ("second", "minute", "hour")
-        and value > 1
-        and not match["ordinal"]
-        and not match["half"]
-    )
-    kind = "ordinal" if match["ordinal"] else "quantity"
-    return [
-        _Atom(kind, value, *span, unit, resolution_of(number), adjective, match["counted"] or "",
-              written=written_unit, spelled=number in words.NUMBER_WORDS)
-    ]  # fmt: skip
-
-
-def _compounds(text: str, atoms: list[_Atom]) -> list[_Atom]:
-    """Joins `1 minute` `5 seconds`; turns single units into seconds; drops lone `m` and `h`."""
-    out: list[_Atom] = []
-    for atom in atoms:
-        last = out[-1] if out else None
-        joins = (
-            last is not None
-            and atom.kind == last.kind == "quantity"
-            and words.UNIT_SECONDS[last.unit] > words.UNIT_SECONDS[atom.unit]
-            and _COMPOUND.match(text, last.end, atom.start)
-        )
-        if joins and last is not None:
-            value = last.value * words.UNIT_SECONDS[last.unit] / words.UNIT_SECONDS[atom.unit]
-            out[-1] = replace(atom, value=value + atom.value, start=last.start)
-        else:
-            out.append(atom)
-    return [_in_seconds(a) for a in out if not (a.kind == "quantity" and _ambiguous(a))]
-
-
-def _ambiguous(atom: _Atom) -> bool:
-    """`5 m` may be metres, `10 h` a time of day: alone, neither is read."""
-    return atom.written in ("m", "h", "ч", "с") and atom.unit in ("minute", "hour")
-
-
-def _in_seconds(atom: _Atom) -> _Atom:
-    if atom.kind not in ("quantity", "ordinal"):
-        return atom
-    scale = words.UNIT_SECONDS[atom.unit]
-    return replace(atom, value=atom.value * scale, resolution_s=atom.resolution_s * scale)
-
-
 def _before(text: str, position: int) -> str:
     start = max(0, position - _BEFORE_CHARS)
     line = text.rfind("\n", start, position)
@@ -276,7 +143,7 @@ def _after(text: str, position: int) -> str:
     return text[position : position + _AFTER_CHARS].partition("\n")[0]
 
 
-def _are_joined(text: str, first: _Atom, second: _Atom, bare: bool) -> bool:
+def _are_joined(text: str, first: Atom, second: Atom, bare: bool) -> bool:
     """Whether the two are the ends of one range: `12 to 15 s`, `starts at 3 s and ends at 5 s`."""
     kinds = {first.kind, second.kind}
     if second.start - first.end > 24 or ("clock" in kinds and kinds != {"clock"}):
@@ -284,7 +151,8 @@ def _are_joined(text: str, first: _Atom, second: _Atom, bare: bool) -> bool:
     before, after = _before(text, first.start), _after(text, second.end)
     joiner = _JOINER.match(text, first.end, second.start)
     if joiner is None:
-        listed = bare and kinds == {"bare"} and _COMMA.match(text, first.end, second.start)
+        comma = bare and kinds == {"bare"} and _COMMA.match(text, first.end, second.start)
+        listed = comma and not _LIST_FOLLOWS.match(after)
         started = _START_CUE.search(before)
         return bool(listed or (started and _END_CUE.match(text, first.end, second.start)))
     if re.fullmatch(words.AND, joiner["join"]):
@@ -294,7 +162,7 @@ def _are_joined(text: str, first: _Atom, second: _Atom, bare: bool) -> bool:
     return bare or kinds != {"bare"}
 
 
-def _as_range(text: str, first: _Atom, second: _Atom) -> Found | None:
+def _as_range(text: str, first: Atom, second: Atom) -> Found | None:
     """The span of two joined ends; None where it is no time, or a length of time."""
     kinds = {first.kind, second.kind}
     before, after = _before(text, first.start), _after(text, second.end)
@@ -309,10 +177,11 @@ def _as_range(text: str, first: _Atom, second: _Atom) -> Found | None:
     length = words.LENGTH_BEFORE.search(before) or words.LENGTH_AFTER.match(after)
     if (length or second.length) and not words.MARK_AFTER.match(after):
         return None
-    return _found(*_shared_unit(first, second), "seconds" if kinds == {"bare"} else "unit")
+    found = _found(*_shared_unit(first, second), "seconds" if kinds == {"bare"} else "unit")
+    return replace(found, issue="negative") if _NEGATIVE.search(before) else found
 
 
-def _shared_unit(first: _Atom, second: _Atom) -> tuple[_Atom, _Atom]:
+def _shared_unit(first: Atom, second: Atom) -> tuple[Atom, Atom]:
     """`2 to 3 minutes`: the bare side takes the unit of the other."""
     if first.kind == "bare" and second.kind in ("quantity", "ordinal", "named"):
         scale = words.UNIT_SECONDS[second.unit]
@@ -322,7 +191,7 @@ def _shared_unit(first: _Atom, second: _Atom) -> tuple[_Atom, _Atom]:
     return first, second
 
 
-def _found(first: _Atom, second: _Atom, dialect: str) -> Found:
+def _found(first: Atom, second: Atom, dialect: str) -> Found:
     written = (first.written, second.written) if dialect in ("seconds", "clock") else ()
     return Found(
         first.value, second.value, first.start, second.end, dialect,
@@ -335,9 +204,9 @@ def _is_not_a_time(before: str, after: str) -> bool:
     return bool(wall_clock) and not words.MARK_AFTER.match(after)
 
 
-def _as_point(text: str, atom: _Atom, duration_s: float | None, bare: bool) -> Found | None:
+def _as_point(text: str, atom: Atom, duration_s: float | None, bare: bool) -> Found | None:
     before, after = _before(text, atom.start), _after(text, atom.end)
-    if re.search(r"(?:^|\s)-$", before):
+    if _NEGATIVE.search(before):
         return None  # a negative number; a bullet has a space after it
     if atom.kind == "clock":
         length = words.LENGTH_BEFORE.search(before) or words.CLOCK_LENGTH_AFTER.match(after)
@@ -346,17 +215,18 @@ def _as_point(text: str, atom: _Atom, duration_s: float | None, bare: bool) -> F
         return _found(atom, atom, "clock")
     if atom.kind == "bare":
         whole = (
-            bare and re.fullmatch(r"[\s<>a-z/:\[\](]*", before) and not after.strip(" <>/a-z.])")
+            bare and _ONLY_NUMBER_BEFORE.fullmatch(before) and _ONLY_NUMBER_AFTER.fullmatch(after)
         )
         placed = bare and re.search(r"\b(?:at|around|near|from|@)\s{0,2}$", before)
         trap = words.TRAP_UNIT_AFTER.match(after) or words.TRAP_BEFORE.search(before)
+        trap = trap or words.NOT_A_TIME_AFTER.match(after)
         return _found(atom, atom, "seconds") if (whole or placed) and not trap else None
     if relative := _relative(text, atom):
         return _relative_to_clip(relative, atom, duration_s)
     return _found(atom, atom, "unit") if _is_place(before, after, atom) else None
 
 
-def _is_place(before: str, after: str, atom: _Atom) -> bool:
+def _is_place(before: str, after: str, atom: Atom) -> bool:
     if words.MARK_AFTER.match(after) or atom.kind == "ordinal":
         return True
     if atom.length or words.LENGTH_BEFORE.search(before) or words.LENGTH_AFTER.match(after):
@@ -370,7 +240,7 @@ def _is_place(before: str, after: str, atom: _Atom) -> bool:
     return starts_line and atom.written in ("s", "sec", "秒")
 
 
-def _relative(text: str, atom: _Atom) -> str | None:
+def _relative(text: str, atom: Atom) -> str | None:
     """ "first", "last" or "end" when the quantity counts from one of the clip's ends."""
     if atom.kind != "quantity":
         return None
@@ -385,7 +255,7 @@ def _relative(text: str, atom: _Atom) -> str | None:
     return "end" if words.BEFORE_END.match(after) else None
 
 
-def _relative_to_clip(kind: str, atom: _Atom, duration_s: float | None) -> Found | None:
+def _relative_to_clip(kind: str, atom: Atom, duration_s: float | None) -> Found | None:
     if kind == "first":
         return Found(0.0, atom.value, atom.start, atom.end, "relative", atom.resolution_s)
     if duration_s is None:

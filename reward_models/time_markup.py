@@ -114,11 +114,17 @@ def json_keys(text: str) -> list[Found]:
     """Spans of JSON or dict keys that end in start / end, onset / offset, or start / duration."""
     found: list[Found] = []
     start: tuple[re.Match[str], float] | None = None
+    end_first: tuple[re.Match[str], float] | None = None
     for match in _KEY.finditer(text):
         role = _ROLES.get(match["role"], "end")
         scale = 0.001 if (match["unit"] or "").strip(" _") in ("ms", "milliseconds") else 1.0
         value = scale * value_seconds(match["value"])
-        if role == "start":
+        if end_first is not None and "}" in text[end_first[0].end() : match.start()]:
+            end_first = None
+        if role == "start" and end_first is not None:
+            found.append(_keyed((match, value), *end_first))
+            end_first = None
+        elif role == "start":
             if start is not None:
                 found.append(_keyed(start, *start))
             start = (match, value)
@@ -126,6 +132,8 @@ def json_keys(text: str) -> list[Found]:
             end = start[1] + value if role == "duration" else value
             found.append(_keyed(start, match, end))
             start = None
+        elif role == "end":
+            end_first = (match, value)
     if start is not None:
         found.append(_keyed(start, *start))
     return found
@@ -136,9 +144,8 @@ def _keyed(start: tuple[re.Match[str], float], last: re.Match[str], end_s: float
     written = (first["value"], last["value"])
     clock = any(":" in w for w in written)
     dialect = "clock" if clock else "seconds"
-    return Found(
-        start[1], end_s, first.start(), last.end(), dialect, resolution_of(last["value"]), written
-    )
+    begins, ends = min(first.start(), last.start()), max(first.end(), last.end())
+    return Found(start[1], end_s, begins, ends, dialect, resolution_of(last["value"]), written)
 
 
 _LIST = re.compile(

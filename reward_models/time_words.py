@@ -45,7 +45,7 @@ _UNIT_SIGNS = {
     "second": "秒钟|秒鐘|秒",
 }
 UNIT = "|".join(
-    rf"(?P<{name}>(?:{words})(?![{LETTER}])|{_UNIT_SIGNS[name]})"
+    rf"(?P<{name}>(?:{words})(?![{LETTER}])|{_UNIT_SIGNS[name]})\.?"
     for name, words in _UNIT_WORDS.items()
 )
 UNIT_STEMS = (
@@ -222,9 +222,18 @@ MARK_AFTER = re.compile(r"^[\s-]{0,3}(?:marks?|points?|timestamps?|stage|positio
 
 # a whole clause gives a place relative to the clip's ends
 BEFORE_END = re.compile(
-    r"^\s{0,2}(?:before|from|short of|until|vor|avant|antes d|до|قبل|before the|離|前に?)"
+    r"^\s{0,2}(?:before|from|short of|vor|avant|antes d|قبل|before the|離|前に?)"
     r"?\s{0,2}(?:the|dem|la|le|el|the very)?\s{0,2}(?:very )?"
     r"(?:end|close|finish|ende|schluss|fin|final|конца|النهاية|نهاية)\b"
+)
+TO_END = re.compile(
+    r"^\s{0,2}(?:-|to|until|till|through|bis(?: zum| zur)?|jusqu'à|à|hasta|al|до|到|至|まで)\s{0,2}"
+    r"(?:the|la|le|el)?\s{0,2}(?:very )?(?:end|ende|schluss|fin|final|конца|结束|結束|結尾|结尾|最後)"
+)
+FROM_START = re.compile(
+    r"(?:from|between|von|vom|depuis|du|desde|с|от) (?:the |dem |le |el )?(?:very )?"
+    r"(?:start|beginning|outset|anfang|beginn|début|principio|inicio|начала)"
+    r"(?: of the \w{1,12})?\s{0,2}(?:to|until|till|through|and|bis(?: zum)?|à|jusqu'à|hasta|до|-)\s{0,2}$"
 )
 FIRST_WORDS = (
     r"first|opening|initial|ersten|premi(?:ère|er)s|primer[oa]s|перв(?:ые|ых)|أول|最初の?|前|"
@@ -264,7 +273,7 @@ NOT_A_TIME_BEFORE = re.compile(
     r"alarm|o'clock|clock|scheduled|meeting|appointment|train|flight|bus|departs?|departing|"
     r"arrives?|dinner|lunch|breakfast|wake|meet|meets)"
     r"(?: \w{1,10}){0,2}(?: (?:of|is|was|at|for|by|to|says|reads|shows|strikes|set))?|"
-    r"\b(?:time is|it is|it's) (?:now |already |only )?|\d{4}-\d\d-\d\d[t ]?|[#$€£¥])\s{0,2}$"
+    r"\b(?:time is|it is|it's) (?:now |already |only )?|上午|下午|早上|晚上|午前|午後|\d{4}-\d\d-\d\d[t ]?|[#$€£¥])\s{0,2}$"
 )
 TRAP_UNIT_AFTER = re.compile(
     r"^\s{0,2}(?:people|persons?|men|women|children|kids|voices?|speakers?|dogs?|cats?|cars?|times|"
@@ -275,8 +284,8 @@ TRAP_UNIT_AFTER = re.compile(
 )
 TRAP_BEFORE = re.compile(
     r"(?:\b(?:pages?|pp?\.|aged?|ages?|verses?|chapters?|segments?|steps?|lines?|channels?|tracks?|"
-    r"versions?|figures?|fig\.|tables?|tab\.|sections?|score[sd]?|lead|bars?|measures?|numbers?|"
-    r"no\.|items?|grades?|rows?|seats?|rooms?|years?)|[$€£¥#])\s{0,2}$"
+    r"call|dial|phone|telephone|takt|versions?|figures?|fig\.|tables?|tab\.|sections?|score[sd]?|lead|bars?|measures?|numbers?|"
+    r"no\.|items?|grades?|rows?|seats?|rooms?|years?)(?: (?:is|was|of|at))?|[$€£¥#])\s{0,2}$"
 )
 
 NONE_STATED = re.compile(
@@ -295,17 +304,30 @@ NONE_STATED = re.compile(
     r"لا يوجد|لا توجد|غير موجود|لا يسمع|ليس هناك|没有|沒有|并无|不存在|听不到|聽不到|"
     r"ありません|聞こえません|聞こえない|存在しない|無い|ない(?:です)?$"
 )
-_BEGINS_WITH_NO = re.compile(r"[^\w]{0,3}no(?:\.|,|$| [\w']{1,20}(?: [\w']{1,20})?[.!]?$)")
+_NOT_DENIED = re.compile(
+    r"\s{1,2}(?:\w{1,12} )?(?:stops?|stopped|ends?|ended|ceases?|pauses?|fades?|breaks?|silent|other|"
+    r"doubt|idea|interruption|change)\b"
+)
+_AFFIRMED = re.compile(
+    r"\b(?:throughout|from start to end|from start to finish|the (?:whole|entire) (?:clip|time|file|"
+    r"recording|audio)|all the time|continuously|constantly)\b"
+)
+_BEGINS_WITH_NO = re.compile(
+    r"[^\w]{0,3}no(?! (?:idea|doubt|problem|one))(?:\.|,|$| [\w']{1,20}(?: [\w']{1,20})?[.!]?$)"
+)
 _ALPHABETIC = re.compile(rf"[{LETTER}]")
 
 
 def states_none(text: str) -> bool:
     """Whether normalised `text` says that there is no such event."""
+    if _AFFIRMED.search(text):
+        return False
     if _BEGINS_WITH_NO.match(text):
         return True
     for match in NONE_STATED.finditer(text):
         before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
-        if not _ALPHABETIC.match(before) and not _ALPHABETIC.match(after):
+        whole = not _ALPHABETIC.match(before) and not _ALPHABETIC.match(after)
+        if whole and not _NOT_DENIED.match(text, match.end()):
             return True
     return False
 

@@ -166,14 +166,14 @@ PACKED_SHARE_OF_CLIP = 0.1
 def _is_packed(found: Sequence[Found], duration_s: float) -> bool:
     """Packed minutes `M.SSd`: minutes before the point, then two digits of seconds, then decimals.
 
-    The evidence, all of it: at least three different fractions, every one below .600 and written
-    with two digits or more; read as plain seconds everything lies in the first tenth of the clip;
-    read as packed minutes it fits into the clip and no span is reversed.
+    The evidence, all of it: at least three different fractions of three digits, every fraction
+    below .600 and written with two digits or more; read as plain seconds everything lies in the
+    first tenth of the clip; read as packed minutes it fits into it and no span is reversed.
     """
     plain = [f for f in found if f.dialect == "seconds"]
     written = [w for f in plain for w in f.written]
     fractions = {w.partition(".")[2] for w in written if float(w or 0) % 1}
-    if len(fractions) < MIN_PACKED_NUMBERS or len(plain) < len(found):
+    if sum(len(f) >= 3 for f in fractions) < MIN_PACKED_NUMBERS or len(plain) < len(found):
         return False
     if any(len(f) < 2 or f[:2] >= "60" for f in fractions):
         return False

@@ -156,17 +156,20 @@ def _sum_between(values_SN: Tensor, start_S: Tensor, end_S: Tensor) -> Tensor:
     return at(end_S) - at(start_S)
 
 
-def save_head(head: AudioTextHead, folder: str | Path, checkpoint: str) -> None:
-    """Writes the head, with its sizes and the checkpoint it belongs to in the metadata."""
+def save_head(head: AudioTextHead, folder: str | Path, checkpoint: str, fingerprint: str) -> None:
+    """Writes the head; its sizes, checkpoint and fingerprint go into the metadata."""
     config = asdict(head.config) | {"dilations": list(head.config.dilations)}
-    metadata = {"config": json.dumps(config), "checkpoint": checkpoint, "format": "pt"}
+    metadata = {
+        "config": json.dumps(config), "checkpoint": checkpoint, "fingerprint": fingerprint,
+        "format": "pt",
+    }  # fmt: skip
     weights = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / HEAD_FILE, metadata=metadata)
 
 
-def load_head(folder: str | Path) -> tuple[AudioTextHead, str]:
-    """The head in eval mode and the checkpoint whose features it reads.
+def load_head(folder: str | Path) -> tuple[AudioTextHead, str, str]:
+    """The head in eval mode, the checkpoint whose features it reads, and that one's fingerprint.
 
     Raises:
         FileNotFoundError: no head in the folder.
@@ -183,4 +186,4 @@ def load_head(folder: str | Path) -> tuple[AudioTextHead, str]:
     config = json.loads(metadata["config"])
     head = AudioTextHead(HeadConfig(**config | {"dilations": tuple(config["dilations"])}))
     head.load_state_dict(weights, strict=True)
-    return head.eval(), metadata["checkpoint"]
+    return head.eval(), metadata["checkpoint"], metadata["fingerprint"]

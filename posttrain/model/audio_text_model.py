@@ -22,9 +22,14 @@ class AudioTextModel:
     """
 
     def __init__(self, folder: str, checkpoint: str | None = None, device: str = "cpu") -> None:
-        head, trained_on = load_head(folder)
+        head, trained_on, fingerprint = load_head(folder)
         self.head = head.to(device)
         self.features = FrozenFeatures(checkpoint or trained_on, device)
+        if self.features.fingerprint != fingerprint:
+            raise ValueError(
+                f"learned reward {folder}: belongs to {trained_on!r}; {checkpoint!r} has another "
+                "audio tower or other embeddings: train a head for it, or give the first one"
+            )
         self.device = device
         self._answers: OrderedDict[tuple[str, str], tuple[list[float], float]] = OrderedDict()
 

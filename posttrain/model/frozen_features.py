@@ -6,7 +6,9 @@ about 1.7 GB here and not 16.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ class FrozenFeatures:
 
     Attributes:
         frame_s: seconds a frame (0.04 for AF-Next).
+        fingerprint: of the weights; a head belongs to the one it was trained on.
         audio_width, text_width: features a frame and a token.
     """
 
@@ -53,19 +56,23 @@ class FrozenFeatures:
         self.audio_width = int(config.audio_config.hidden_size)
         self.text_width = int(self.embeddings.shape[1])
         self.frame_s = self.window_s / (config.audio_config.max_source_positions // 2)
+        self.fingerprint = _fingerprint(weights)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._cached_bytes, self._cache_limit = 0, cache_bytes
+        self._lock = threading.Lock()
 
     def audio(self, path: str) -> Tensor:
         """Frames of a clip: float32 (N, audio_width) on the device; kept in a bounded cache."""
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            return self._cache[path]
-        frames = self.encode(load_audio(path, allow_silence=True))
-        self._cache[path] = frames
-        while sum(f.numel() * 4 for f in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return frames
+        with self._lock:
+            if path in self._cache:
+                self._cache.move_to_end(path)
+                return self._cache[path]
+            frames = self.encode(load_audio(path, allow_silence=True))
+            self._cache[path] = frames
+            self._cached_bytes += frames.nbytes
+            while self._cached_bytes > self._cache_limit:
+                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            return frames
 
     @torch.no_grad()
     def encode(self, waveform: np.ndarray, windows_at_once: int = 8) -> Tensor:
@@ -119,6 +126,14 @@ def _read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
             for key in _wanted(file.keys()):
                 weights[canonical_key(key)] = file.get_tensor(key)
     return weights
+
+
+def _fingerprint(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _wanted(keys: Iterable[str]) -> list[str]:

@@ -149,7 +149,8 @@ class GrpoLoop:
         generate = self.cluster.pool.generate
         record: dict[str, Any] = {"step": done}
         for name, rows in self.data.held_out.items():
-            scores = held_out.greedy_scores(rows, self.reward, generate, limit)
+            timeout_s = self.recipe.scoring.timeout_s
+            scores = held_out.greedy_scores(rows, self.reward, generate, limit, timeout_s)
             record[name] = held_out.to_records(scores)
             self.progress.note(f"{when}: {name} (n={len(rows)})", held_out.means(scores))
         self.run.save_json(f"held_out/{when}.json", record)

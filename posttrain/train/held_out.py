@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.rows import Row
-from posttrain.types import Group, PromptRequest, Reward, SamplingSettings, Task
+from posttrain.types import Completion, Group, PromptRequest, Reward, SamplingSettings, Task
 from reward_models.grounding import TimestampGrounding
+from reward_models.scoring import score_all
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,25 @@ def greedy_scores(
     reward: Reward,
     generate: Callable[[Sequence[PromptRequest], SamplingSettings], list[Group]],
     max_tokens: int,
+    timeout_s: float = 60.0,
 ) -> list[RowScore]:
     """Answers every row greedily; a truncated answer has spans scored, but no reward."""
     requests = [PromptRequest(f"eval/{r.id}", r.id, r.prompt, r.audio, 0) for r in rows]
     groups = generate(requests, SamplingSettings(0.0, max_tokens))
-    return [_score(row, group, reward) for row, group in zip(rows, groups, strict=True)]
+    answers = [(row, g.completions[0]) for row, g in zip(rows, groups, strict=True)]
+    results = score_all(reward, answers, timeout_s=timeout_s)
+    return [
+        _score(row, completion, result.value)
+        for (row, completion), result in zip(answers, results, strict=True)
+    ]
 
 
-def _score(row: Row, group: Group, reward: Reward) -> RowScore:
-    completion = group.completions[0]
+def _score(row: Row, completion: Completion, value: float | None) -> RowScore:
     grounding = TimestampGrounding()(row, completion)
     iou: float | None = grounding.breakdown.get("iou")
     event_f1: float | None = grounding.breakdown.get("event_f1")
     if row.task is Task.ABSENT:
         iou = event_f1 = grounding.breakdown["raw"]
-    value = reward(row, completion).value
     return RowScore(row.id, iou, event_f1, value, completion.text, completion.truncated)
 
 

@@ -20,6 +20,7 @@ from posttrain.rollout.weight_sync import WeightSync
 from posttrain.schema import Recipe
 from posttrain.train.learner_group import LearnerGroup
 from posttrain.train.run_folder import Checkpoint
+from reward_models.names import MODEL_REWARDS
 
 LOOPBACK = "127.0.0.1"
 STARTUP_ENV = {
@@ -101,7 +102,8 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
 
 def start_ray(recipe: Recipe) -> None:
     os.environ |= {k: v for k, v in STARTUP_ENV.items() if k not in os.environ}
-    needed = recipe.learner.num_processes + recipe.rollout.num_workers + 1
+    rewards = sum(name in MODEL_REWARDS for name in recipe.rewards)
+    needed = recipe.learner.num_processes + recipe.rollout.num_workers + rewards + 1
     options: dict[str, Any] = {
         "log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR",
     }  # fmt: skip

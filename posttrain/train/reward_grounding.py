@@ -27,10 +27,10 @@ from posttrain.model.frozen_features import FrozenFeatures
 from posttrain.schema import DataSource, Recipe
 from posttrain.train.resources import device_of
 from posttrain.train.reward_data import (
+    Crop,
     FrameBatch,
     claim_examples,
     collate,
-    crop_of,
     for_calibration,
     frame_batches,
     timed,
@@ -40,6 +40,7 @@ from posttrain.train.run_folder import RunFolder
 
 MIN_ROWS = 16
 CLAIM_STEPS = 400
+MAX_CALIBRATION_CLIPS = 300
 
 
 def train_reward(recipe: Recipe) -> Path:
@@ -66,9 +67,9 @@ def train_reward(recipe: Recipe) -> Path:
     head = AudioTextHead(config).to(device)
     started = time.monotonic()
     fit_frames(head, fitting, features, recipe, run)
-    calibrate(head, keeping, features, recipe)
+    calibrate(head, keeping, features, recipe.seed)
     folder = run.path / "reward_model"
-    save_head(head, folder, recipe.model.path)
+    save_head(head, folder, recipe.model.path, features.fingerprint)
     summary = summarise(recipe, run, folder, rows, device)
     summary["wall_s"] = round(time.monotonic() - started, 1)
     run.save_json("summary.json", summary)
@@ -118,13 +119,15 @@ def frame_loss(head: AudioTextHead, batch: FrameBatch, features: FrozenFeatures)
 
 
 def calibrate(
-    head: AudioTextHead, rows: Sequence[Row], features: FrozenFeatures, recipe: Recipe
+    head: AudioTextHead, rows: Sequence[Row], features: FrozenFeatures, seed: int
 ) -> None:
     """Fits the temperature of the frames and the span classifier on clips kept from the frame
-    loss: on clips that were trained on, every probability would be too sure."""
-    rng = random.Random(f"posttrain/calibration/{recipe.seed}")
+    loss: on clips that were trained on, every probability would be too sure. Whole clips, since
+    whole clips are asked about: the highest of more frames is higher."""
+    rng = random.Random(f"posttrain/calibration/{seed}")
     labels = sorted({e.label for row in rows for e in row.events if e.label})
-    crops = [crop_of(row, features, rng, recipe.reward_model.max_windows) for row in rows]
+    rows = rng.sample(list(rows), min(MAX_CALIBRATION_CLIPS, len(rows)))
+    crops = [Crop(features.audio(str(row.audio)), row.events) for row in rows]
     with torch.no_grad():
         batches = [collate([crop], labels, features) for crop in crops]
         logits = [

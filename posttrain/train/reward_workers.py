@@ -10,9 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from posttrain.model.audio_text_model import AudioTextModel
 from posttrain.model.silenced import SilencedAnswers
+
+
+STARTUP_TIMEOUT_S = 600
 
 
 class MicroBatcher:
@@ -42,13 +46,22 @@ class MicroBatcher:
             while len(batch) < self._max_batch and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             self.batch_sizes.append(len(batch))
-            try:
-                answers = await asyncio.to_thread(self._run, [question for question, _ in batch])
-            except Exception as error:  # goes to those who asked; the server lives on
-                for _, future in batch:
-                    future.set_exception(error)
-                continue
-            for (_, future), answer in zip(batch, answers, strict=True):
+            await self._answer(batch)
+
+    async def _answer(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        """Answers all; when that fails, each by itself, so that an error reaches its own asker."""
+        try:
+            answers = await asyncio.to_thread(self._run, [question for question, _ in batch])
+            pairs = list(zip(batch, answers, strict=True))
+        except Exception as error:
+            if len(batch) > 1:
+                for one in batch:
+                    await self._answer([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), answer in pairs:
+            if not future.done():
                 future.set_result(answer)
 
 
@@ -71,6 +84,9 @@ class AudioTextActor:
     ) -> list[float]:
         return await self.claims.ask([(audio, *claim) for claim in claims])
 
+    async def ready(self) -> bool:
+        return True
+
     async def batch_sizes(self) -> list[int]:
         return self.questions.batch_sizes + self.claims.batch_sizes
 
@@ -86,6 +102,9 @@ class EvidenceActor:
         import torch
 
         self.scorer = SilencedAnswers(checkpoint, device, getattr(torch, dtype))
+
+    def ready(self) -> bool:
+        return True
 
     def answer_logprobs(self, *arguments: Any) -> list[float]:
         return self.scorer.answer_logprobs(*arguments)
@@ -123,8 +142,8 @@ class ActorAnswerScorer:
 
 
 def start_actor(kind: type, device: str, threads: int, *arguments: Any) -> Any:
-    """A handle to one reward actor; on "cuda" it takes a GPU of its own."""
-    return (
+    """A handle to one reward actor, its model loaded; on "cuda" it takes a GPU of its own."""
+    actor = (
         ray.remote(kind)
         .options(
             num_cpus=1,
@@ -134,3 +153,14 @@ def start_actor(kind: type, device: str, threads: int, *arguments: Any) -> Any:
         )
         .remote(*arguments)
     )
+    try:
+        ray.get(actor.ready.remote(), timeout=STARTUP_TIMEOUT_S)
+    except GetTimeoutError as error:
+        raise RuntimeError(
+            f"{kind.__name__} did not start within {STARTUP_TIMEOUT_S} s: is a CPU"
+            f"{' and a GPU' if device == 'cuda' else ''} free for it?"
+        ) from error
+    except RayActorError as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"{kind.__name__} could not start: {cause}") from error
+    return actor

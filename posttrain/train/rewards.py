@@ -28,8 +28,6 @@ from reward_models.registry import (
     with_prior,
 )
 
-LEARNED = ("audio_text_grounding", "evidence_ablation")
-
 
 def specs_of(recipe: Recipe) -> dict[str, RewardSpec]:
     return {
@@ -94,7 +92,9 @@ def _audio_text(recipe: Recipe) -> ActorAudioTextScorer | None:
     options = recipe.rewards["audio_text_grounding"].options
     device = str(options.get("device", "cpu"))
     head = str(Path(_head_folder(options)).resolve())
-    checkpoint = options.get("checkpoint") or recipe.model.path
+    checkpoint = options.get("checkpoint") or load_head(head)[1]
+    if Path(checkpoint).exists():
+        checkpoint = str(Path(checkpoint).resolve())
     max_batch = int(options.get("max_batch", 64))
     return ActorAudioTextScorer(
         start_actor(AudioTextActor, device, _threads(), head, checkpoint, device, max_batch)

@@ -19,6 +19,7 @@ from posttrain.model.audio_text import (
     save_head,
     span_features,
 )
+from posttrain.model.audio_text_model import AudioTextModel
 from posttrain.model.frozen_features import FrozenFeatures
 from posttrain.model.load import load_model, load_processor
 from posttrain.train.reward_data import claim_examples, collate, crop_of
@@ -97,9 +98,11 @@ def test_head_masks_padding_and_survives_saving(features: FrozenFeatures, tmp_pa
     assert logits.shape == (2, 2, 60)
     assert torch.allclose(logits[1, :, :40], with_padding[1, :, :40], atol=1e-5)
     assert torch.allclose(alone[0], logits[1, :, :40], atol=1e-5)
-    save_head(head, tmp_path, "some/checkpoint")
-    loaded, checkpoint = load_head(tmp_path)
-    assert checkpoint == "some/checkpoint"
+    save_head(head, tmp_path, "some/checkpoint", "abc")
+    loaded, checkpoint, fingerprint = load_head(tmp_path)
+    assert (checkpoint, fingerprint) == ("some/checkpoint", "abc")
+    with pytest.raises(ValueError, match="another audio tower"):
+        AudioTextModel(str(tmp_path), features.checkpoint)
     with torch.no_grad():
         assert torch.equal(loaded.relevance(frames, mask, *phrases), logits)
     with pytest.raises(FileNotFoundError, match="no audio_text_grounding.safetensors there"):
@@ -193,6 +196,8 @@ def test_learned_reward_reads_answers_without_labels() -> None:
     assert value("no idea") == 0.0
     dense = Row("d", (), "a.wav", 10.0, Task.DENSE, (Event(1, 2, "dog"),))
     assert value("dog <t>1.0-2.0</t>, cat <t>3-4</t>", dense) == pytest.approx(0.7)
+    choice = Row("c", (), "a.wav", 10.0, Task.CHOICE, (), choices=("x", "y"), answer="A")
+    assert value("(B) <t>1.0-2.0</t>", choice) is None
 
 
 def test_questions_that_come_together_are_answered_together() -> None:
@@ -214,8 +219,8 @@ def test_an_error_reaches_those_who_asked_and_the_server_lives_on() -> None:
 
     async def ask() -> int:
         batcher = MicroBatcher(run, max_batch=4)
-        with pytest.raises(ValueError, match="zero"):
-            await batcher.ask(0)
+        answers = await asyncio.gather(*(batcher.ask(i) for i in (0, 5)), return_exceptions=True)
+        assert isinstance(answers[0], ValueError) and answers[1] == 5
         return await batcher.ask(1)
 
     assert asyncio.run(ask()) == 1

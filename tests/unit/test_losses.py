@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from posttrain.algorithm.advantages import group_advantages
+from posttrain.algorithm.advantages import decoupled_advantages, group_advantages
 from posttrain.algorithm.importance import engine_importance_ratio
 from posttrain.algorithm.kl import k3_kl
 from posttrain.algorithm.losses import loss_denominator, policy_loss
@@ -125,3 +125,28 @@ def test_completions_without_a_reward_do_not_count() -> None:
     assert advantages.tolist() == [[0.5, -0.5, 0.0]]
     with pytest.raises(ValueError, match="max_completion_length"):
         group_advantages(rewards, torch.zeros(1, 3, dtype=torch.bool), "group")
+
+
+def test_decoupled_advantages_equal_trl_and_a_hand_worked_case() -> None:
+    """Two rewards of very different spread; TRL's lines for `normalize_then_sum`, written out."""
+    rewards = torch.tensor(
+        [[[0.0, 10.0], [1.0, 30.0], [2.0, 20.0]], [[5.0, 0.0], [5.0, 1.0], [8.0, 5.0]]]
+    )
+    weights = torch.tensor([1.0, 0.5])
+    advantages, metrics = decoupled_advantages(rewards, weights, torch.ones(2, 3, dtype=torch.bool))
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
+    total = (((rewards - mean) / (std + 1e-4)) * weights).sum(-1)
+    expected = (total - total.mean()) / (total.std() + 1e-4)
+    assert torch.allclose(advantages, expected, atol=1e-6)
+    # first group by hand: (-1, 0, 1) and (-1, 1, 0) / 2 -> -1.5, 0.5, 1.0 before the batch's scale
+    assert total[0].tolist() == pytest.approx([-1.5, 0.5, 1.0], abs=1e-3)
+    assert metrics["reward/zero_variance_groups"] == 0.0
+
+
+def test_decoupled_advantages_leave_out_what_does_not_count() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([[[1.0, nan], [3.0, nan], [9.0, 9.0]]])
+    valid = torch.tensor([[True, True, False]])
+    advantages, _ = decoupled_advantages(rewards, torch.ones(2), valid)
+    assert advantages[0, 2] == 0.0 and torch.isfinite(advantages).all()
+    assert advantages[0, 0] == pytest.approx(-advantages[0, 1].item()) and advantages[0, 0] < 0

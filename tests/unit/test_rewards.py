@@ -164,6 +164,8 @@ def test_dense_timelines_need_the_right_names() -> None:
     assert PLAIN(dense, says("<t>1-2</t> dog. <t>4-6</t> a door closes.")).value == pytest.approx(1)
     swapped = "a door closes <t>1-2</t>, then a dog <t>4-6</t>"
     assert PLAIN(dense, says(swapped)).value == 0.0
+    everything = "dog and a door closes: <t>1-2</t>, <t>4-6</t>"  # all names beside every span
+    assert PLAIN(dense, says(everything)).value < 0.8
     one = (1 + BETA2) / (2 * BETA2 + 2)
     assert PLAIN(dense, says("dog <t>1-2</t>, then a cat <t>4-6</t>")).value == pytest.approx(one)
 
@@ -173,7 +175,9 @@ def test_dense_timelines_need_the_right_names() -> None:
     [
         ("seven is heard 2 times", 2), ("Twice.", 2), ("once", 1), ("3", 3), ("three times", 3),
         ("It is heard 2 times: <t>1-2</t> and <t>5-6</t>", 2), ("not heard", 0), ("2 or 3", None),
-        ("often", None), ("seven 4 times", 4),
+        ("often", None), ("seven 4 times", 4), ("2 or 3 times", None), ("2-3 times", None),
+        ("once or twice", None), ("once every 2 seconds, 5 times in total", 5), ("not once", 0),
+        ("a single time", 1), ("It happens 2 times, 2 times in all", 2),
     ],
 )  # fmt: skip
 def test_counts(text: str, count: int | None) -> None:
@@ -193,12 +197,19 @@ def test_count_and_order_rewards() -> None:
     assert PLAIN(first, says("The dog.")).value == 1.0
     assert PLAIN(first, says("The bell.")).value == -1.0
     assert PLAIN(first, says("dog, bell")).value == -1.0
+    assert PLAIN(first, says("The dog is heard before the bell.")).value == 1.0
     order = dataclasses.replace(first, answer="dog, hot dog, bell")
     assert PLAIN(order, says("a dog, a hot dog, a bell")).value == 1.0
     assert PLAIN(order, says("a bell, a hot dog, a dog")).value == -1.0
     assert PLAIN(order, says("a dog, a bell")).value == pytest.approx(-1 / 3)
     assert labels_in_order("a hot dog, then a dog", ["dog", "hot dog"]) == ["hot dog", "dog"]
     assert kendall_tau(["b", "a", "c"], ["a", "b", "c"]) == pytest.approx(1 / 3)
+
+
+def test_counts_of_zero_enter_the_prior() -> None:
+    rows = [row(Task.COUNT, (), events=(Event(1, 2, "y"),))] * 6
+    rows += [row(Task.COUNT, ((1.0, 2.0),))] * 4
+    assert TimestampGrounding().fit(rows).count == pytest.approx(0.6)
 
 
 def test_fitted_prior_makes_the_best_constant_answer_worth_nothing(tmp_path: Path) -> None:
@@ -366,6 +377,11 @@ def test_weighted_sum_truncation_and_failures() -> None:
     assert total(row(), says("<t>2-4</t>", "length")).status is RewardStatus.TRUNCATED
     zero = dataclasses.replace(total, truncated="0")
     assert zero(row(), says("<t>2-4</t>", "length")).value == 0.0
+    assert zero(
+        row(), says("<t>7-9</t>", "length")
+    ).value == pytest.approx(  # no better than ending
+        total(row(), says("<t>7-9</t>")).value
+    )
     scored = dataclasses.replace(total, truncated="score")
     assert scored(row(), says("<t>2-4</t>", "length")).value == pytest.approx(1.0)
     for value in (None, float("nan")):

@@ -11,11 +11,12 @@ from posttrain.config import load_recipe
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches
-from posttrain.train.grpo import GrpoLoop, advantages_of, sampling_seed, score
+from posttrain.train.grpo import GrpoLoop, sampling_seed
 from posttrain.train.held_out import RowScore, bootstrap_ci95, compare
+from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
 from posttrain.train.schedule import lr_factor
-from posttrain.types import Completion, Group, RewardResult, RewardStatus
+from posttrain.types import RewardResult, RewardStatus
 
 
 def test_batches_cover_an_epoch_once_and_resume_by_number(recipe_file: Path) -> None:
@@ -142,13 +143,14 @@ def test_seeds_depend_on_run_step_and_prompt() -> None:
     assert sampling_seed(0, 0, "a") == sampling_seed(0, 0, "a")
 
 
-def test_a_reward_that_fails_stops_the_run_with_its_reason(recipe_file: Path) -> None:
-    def failing(row: object, completion: object) -> RewardResult:
-        return RewardResult(None, {}, RewardStatus.ERRORED, "my_reward on row 'x': KeyError")
-
-    group = Group("g", "p", (1,), (Completion((1,), (0.0,), "", "stop", 0),))
+def test_errors_are_counted_and_end_the_run_only_where_told() -> None:
+    error = RewardResult(None, {}, RewardStatus.ERRORED, "my_reward on row 'x': KeyError")
+    some = [[error, RewardResult(1.0)]]
+    assert errors_of(some, "drop") == {"reward/errored": 1.0}
+    with pytest.raises(RuntimeError, match="1 completions could not be scored; first: my_reward"):
+        errors_of(some, "stop")
     with pytest.raises(RuntimeError, match="my_reward on row 'x'"):
-        advantages_of(score(failing, [object()], [group]), "group")
+        errors_of([[error, error]], "drop")
 
 
 def test_nan_steps_are_counted_and_end_the_run(recipe_file: Path) -> None:
@@ -174,5 +176,5 @@ def test_more_gpus_than_there_are_names_the_keys() -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "grpo_long_audio.yaml")
     check_gpus(recipe, "cuda", "cuda", available=8)
     check_gpus(recipe, "cpu", "cpu", available=0)
-    with pytest.raises(ValueError, match=r"learner.num_processes=4 .* need 8 GPUs, .* has 7"):
+    with pytest.raises(ValueError, match=r"learner.num_processes=4, .* need 8 GPUs, .* has 7"):
         check_gpus(recipe, "cuda", "cuda", available=7)

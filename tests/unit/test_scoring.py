@@ -47,9 +47,24 @@ def test_a_reward_that_hangs_or_raises_costs_its_own_sample_alone() -> None:
     assert time.monotonic() - started < 5
     assert [r.value for r in results] == [1.0, None, 2.0, None, None, 3.0]
     reasons = [r.reason for r in results if r.status is RewardStatus.ERRORED]
-    assert "no result within 0.3 s" in reasons[0] and "row 'hang'" in reasons[0]
+    assert "no result for 0.3 s" in reasons[0] and "row 'hang'" in reasons[0]
     assert "KeyError" in reasons[1] and "row 'raise'" in reasons[1]
     reward.release.set()
+
+
+def test_a_queue_in_front_of_a_busy_model_is_not_hanging() -> None:
+    lock = threading.Lock()
+
+    class OneAtATime:
+        name = "model"
+
+        def __call__(self, row: Row, completion: Completion) -> RewardResult:
+            with lock:
+                time.sleep(0.02)
+            return RewardResult(1.0)
+
+    results = score_all(OneAtATime(), [item("x")] * 40, timeout_s=0.25, num_threads=16)
+    assert [r.value for r in results] == [1.0] * 40
 
 
 def test_completions_are_scored_side_by_side() -> None:
@@ -80,6 +95,8 @@ def test_score_command_adds_rewards_and_lists_bad_rows(
         ROW | {"id": "c", "events": [{"start_s": 2, "end_s": 14, "label": "bell"}]},
         ROW | {"id": "d", "completion": 7.5},
         ROW | {"id": "e", "task": "grunding"},
+        ROW | {"id": "g", "query": 5},
+        ROW | {"id": "h", "events": [{"start_s": -4, "end_s": 4, "label": "bell"}]},
         ROW | {"id": "f", "completion": "not heard", "events": [], "task": "absent"},
     ]
     source, out = write(tmp_path / "rows.jsonl", lines), tmp_path / "scored.jsonl"
@@ -88,7 +105,7 @@ def test_score_command_adds_rewards_and_lists_bad_rows(
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert report["rows"] == 3
-    assert [bad["line"] for bad in report["bad_rows"]] == [2, 5, 6, 7]
+    assert [bad["line"] for bad in report["bad_rows"]] == [2, 5, 6, 7, 8, 9]
     assert "rows.jsonl:7: `task` is 'grunding'" in printed.err
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["id"] for r in scored] == ["a", "b", "f"]

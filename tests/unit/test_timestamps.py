@@ -40,6 +40,8 @@ def test_spans(case: dict[str, Any]) -> None:
         ("[00:00 - 01:00]", [""]),
         ("<t>5-3</t>", ["reversed"]),
         ("<t>3-61</t>", ["beyond the clip's end at 60 s"]),
+        ("<t>-3-5</t>", ["negative"]),
+        ("-3 to 5 s", ["negative"]),
     ],
 )
 def test_malformed_times_are_kept_and_flagged(text: str, issues: list[str]) -> None:
@@ -61,6 +63,11 @@ def test_malformed_times_are_kept_and_flagged(text: str, issues: list[str]) -> N
         ("لا يوجد", ParseStatus.NONE_STATED),
         ("Nonetheless a dog barks", ParseStatus.EMPTY),
         ("It isn't clear.", ParseStatus.EMPTY),
+        ("The siren never stops.", ParseStatus.EMPTY),
+        ("There is no pause in it.", ParseStatus.EMPTY),
+        ("It sounds from start to end and no other sound is present", ParseStatus.EMPTY),
+        ("No idea.", ParseStatus.EMPTY),
+        ("No siren.", ParseStatus.NONE_STATED),
         ("two seconds later", ParseStatus.EMPTY),
         ("", ParseStatus.EMPTY),
     ],
@@ -95,6 +102,8 @@ def test_packed_minutes_are_recognised_and_repaired_per_response() -> None:
     assert not parse_spans(above, 151.0).packed
     assert repair_packed(above, 151.0) == above
     assert not parse_spans("<t>0.574-1.034</t>", 151.0).packed  # two numbers are no evidence
+    short = "<t>1.25-3.40</t> <t>5.10-7.55</t>"  # two digits: plain seconds early in a long clip
+    assert not parse_spans(short, 600.0).packed
 
 
 def test_the_end_of_the_clip_is_as_precise_as_the_way_of_writing() -> None:

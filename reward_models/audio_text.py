@@ -24,7 +24,6 @@ from reward_models.grounding import question_spans, without_copies
 from reward_models.spans import merge
 from reward_models.timestamps import ParseStatus, parse_spans
 
-
 SCORABLE = (Task.GROUNDING, Task.POINTS, Task.DENSE, Task.ABSENT)
 
 

@@ -6,9 +6,11 @@
 Both times equally many seconds are silenced. 0.5 means that silencing what the thought cites makes
 the answer half as likely as silencing the same length elsewhere. The answer is scored right after
 the prompt: with the thought before it, its words could be copied from there and no silence would
-matter. Cited is what the thought cites, or the answer where there is no thought; times of the
-question and packed minutes do not count. A thought that cites nothing earns 0, and so does one that cites more than half of the clip:
-there is not as much left to compare with, and "everything" is no evidence.
+matter.
+
+Cited is what the thought cites, or the answer where there is no thought; times of the question and
+packed minutes do not count. A thought that cites nothing earns 0, and so does one that cites more
+than half of the clip: there is not as much left to compare with, and "everything" is no evidence.
 
 Source: faithfulness by ablation of cited evidence (arXiv 2606.09248 shows that stamps are mostly
 decoration); the matched control takes out what any silence would cost.

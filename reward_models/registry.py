@@ -86,10 +86,12 @@ class WeightedSum:
     """sum_i weight_i * value_i over the terms that apply to the row; itself a `Reward`.
 
     A term that is unscorable for the row is left out; so is one whose gate is not open, with 0 in
-    its place. The sum is unscorable when all terms are. A truncated completion is, by `truncated`,
-    left out ("drop"), worth 0 or less ("0": no term counts above 0, what is negative stays, so
-    that never ending pays no more than ending wrongly) or scored like any other ("score"). A term that raised, or
-    returned a value that is not finite, makes the sample errored: never a number in its place.
+    its place. The sum is unscorable when no term that looks at the content applies.
+
+    A truncated completion is, by `truncated`, left out ("drop"), worth 0 at most ("0": terms below
+    0 stay, so that never ending pays no more than ending wrongly) or scored like any other
+    ("score"). A term that raised, or returned a value that is not finite, makes the sample errored:
+    never a number in its place.
     """
 
     terms: tuple[Term, ...]

@@ -58,27 +58,9 @@ UNIT_BEFORE_NUMBER = (
 )
 
 _EN_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 _EN_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _OTHER_NUMBERS = {
     1: "ein eins eine einer une un uno una один одну одна одной واحد واحدة",
@@ -228,12 +210,14 @@ BEFORE_END = re.compile(
 )
 TO_END = re.compile(
     r"^\s{0,2}(?:-|to|until|till|through|bis(?: zum| zur)?|jusqu'à|à|hasta|al|до|到|至|まで)\s{0,2}"
-    r"(?:the|la|le|el)?\s{0,2}(?:very )?(?:end|ende|schluss|fin|final|конца|结束|結束|結尾|结尾|最後)"
+    r"(?:the|la|le|el)?\s{0,2}(?:very )?"
+    r"(?:end|ende|schluss|fin|final|конца|结束|結束|結尾|结尾|最後)"
 )
 FROM_START = re.compile(
     r"(?:from|between|von|vom|depuis|du|desde|с|от) (?:the |dem |le |el )?(?:very )?"
     r"(?:start|beginning|outset|anfang|beginn|début|principio|inicio|начала)"
-    r"(?: of the \w{1,12})?\s{0,2}(?:to|until|till|through|and|bis(?: zum)?|à|jusqu'à|hasta|до|-)\s{0,2}$"
+    r"(?: of the \w{1,12})?\s{0,2}"
+    r"(?:to|until|till|through|and|bis(?: zum)?|à|jusqu'à|hasta|до|-)\s{0,2}$"
 )
 FIRST_WORDS = (
     r"first|opening|initial|ersten|premi(?:ère|er)s|primer[oa]s|перв(?:ые|ых)|أول|最初の?|前|"
@@ -273,7 +257,8 @@ NOT_A_TIME_BEFORE = re.compile(
     r"alarm|o'clock|clock|scheduled|meeting|appointment|train|flight|bus|departs?|departing|"
     r"arrives?|dinner|lunch|breakfast|wake|meet|meets)"
     r"(?: \w{1,10}){0,2}(?: (?:of|is|was|at|for|by|to|says|reads|shows|strikes|set))?|"
-    r"\b(?:time is|it is|it's) (?:now |already |only )?|上午|下午|早上|晚上|午前|午後|\d{4}-\d\d-\d\d[t ]?|[#$€£¥])\s{0,2}$"
+    r"\b(?:time is|it is|it's) (?:now |already |only )?|"
+    r"上午|下午|早上|晚上|午前|午後|\d{4}-\d\d-\d\d[t ]?|[#$€£¥])\s{0,2}$"
 )
 TRAP_UNIT_AFTER = re.compile(
     r"^\s{0,2}(?:people|persons?|men|women|children|kids|voices?|speakers?|dogs?|cats?|cars?|times|"
@@ -305,12 +290,13 @@ NONE_STATED = re.compile(
     r"ありません|聞こえません|聞こえない|存在しない|無い|ない(?:です)?$"
 )
 _NOT_DENIED = re.compile(
-    r"\s{1,2}(?:\w{1,12} )?(?:stops?|stopped|ends?|ended|ceases?|pauses?|fades?|breaks?|silent|other|"
-    r"doubt|idea|interruption|change)\b"
+    r"\s{1,2}(?:\w{1,12} )?(?:stops?|stopped|ends?|ended|ceases?|pauses?|fades?|breaks?|silent|"
+    r"other|doubt|idea|interruption|change)\b"
 )
 _AFFIRMED = re.compile(
-    r"\b(?:throughout|from start to end|from start to finish|the (?:whole|entire) (?:clip|time|file|"
-    r"recording|audio)|all the time|continuously|constantly)\b"
+    r"\b(?:throughout|from start to end|from start to finish|"
+    r"the (?:whole|entire) (?:clip|time|file|recording|audio)|all the time|"
+    r"continuously|constantly)\b"
 )
 _BEGINS_WITH_NO = re.compile(
     r"[^\w]{0,3}no(?! (?:idea|doubt|problem|one))(?:\.|,|$| [\w']{1,20}(?: [\w']{1,20})?[.!]?$)"

@@ -15,7 +15,6 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from posttrain.model.audio_text_model import AudioTextModel
 from posttrain.model.silenced import SilencedAnswers
 
-
 STARTUP_TIMEOUT_S = 600
 
 

@@ -70,7 +70,7 @@ def test_a_nan_loss_leaves_the_weights_alone(
     """An advantage of NaN makes loss and gradients NaN; steps are skipped, then the run stops."""
     monkeypatch.setattr(
         grpo, "advantages_of",
-        lambda results, scale: (
+        lambda results, reward, algorithm: (
             torch.full((len(results), len(results[0])), float("nan")), {"reward/mean": 0.0},
         ),
     )  # fmt: skip

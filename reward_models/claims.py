@@ -56,25 +56,37 @@ def claims_of(text: str, spans: Sequence[Span]) -> list[Claim]:
     edges = [0, *(s.char_range[1] for s in spans)]
     ends = [*(s.char_range[0] for s in spans), len(text)]
     gaps = [text[a:b] for a, b in zip(edges, ends, strict=True)]
-    named_before = bool(_content_words(gaps[0]))
+    named_before = bool(_content(_words(gaps[0])))
     claims: list[Claim] = []
     for i, span in enumerate(spans):
-        clause = _last_sentence(gaps[i]) if named_before else gaps[i + 1]
-        words = tuple(_singular(w) for w in _WORD.findall(clause.casefold()))
-        if not _content_words(clause) and claims:
-            clause, words = claims[-1].text, claims[-1].words
-        claims.append(Claim(clause.strip(), span, words, named_before))
+        clause = gaps[i] if named_before else gaps[i + 1]
+        words = _words(clause)
+        if named_before:
+            clause, words = _last_sentence(clause, words)
+        if claims and not _content(words):
+            clause, words = claims[-1].text, list(claims[-1].words)
+        singular = tuple(map(_singular, words))
+        claims.append(Claim(clause.strip(), span, singular, named_before))
     return claims
 
 
-def _content_words(text: str) -> list[str]:
-    return [w for w in _WORD.findall(text.casefold()) if w not in _CONNECTIVES and not w.isdigit()]
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
 
 
-def _last_sentence(text: str) -> str:
-    """The part after the last sentence end that has words of its own."""
+def _content(words: Sequence[str]) -> bool:
+    """Whether there is a word that says something."""
+    return any(w not in _CONNECTIVES and not w.isdigit() for w in words)
+
+
+def _last_sentence(text: str, words: list[str]) -> tuple[str, list[str]]:
+    """The part after the last sentence end that has words of its own, and its words."""
     parts = _SENTENCE_END.split(text)
-    return next((part for part in reversed(parts) if _content_words(part)), text)
+    for part in reversed(parts) if len(parts) > 1 else ():
+        own = _words(part)
+        if _content(own):
+            return part, own
+    return text, words
 
 
 def label_named(

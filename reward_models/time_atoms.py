@@ -181,6 +181,8 @@ def _in_seconds(atom: Atom) -> Atom:
     if atom.kind not in ("quantity", "ordinal"):
         return atom
     scale = words.UNIT_SECONDS[atom.unit]
+    if scale == 1.0:
+        return atom
     return replace(atom, value=atom.value * scale, resolution_s=atom.resolution_s * scale)
 
 

@@ -185,7 +185,7 @@ def _shared_unit(first: Atom, second: Atom) -> tuple[Atom, Atom]:
     """`2 to 3 minutes`: the bare side takes the unit of the other."""
     if first.kind == "bare" and second.kind in ("quantity", "ordinal", "named"):
         scale = words.UNIT_SECONDS[second.unit]
-        first = replace(first, value=first.value * scale)
+        first = first if scale == 1.0 else replace(first, value=first.value * scale)
     elif second.kind == "bare" and first.kind in ("quantity", "ordinal", "named"):
         second = replace(second, value=second.value * words.UNIT_SECONDS[first.unit])
     return first, second

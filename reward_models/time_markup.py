@@ -71,6 +71,8 @@ def time_tokens(text: str) -> list[Found]:
     Tokens pair up in order: directly joined ones first, else the two around a text. One that is
     left over is a point.
     """
+    if "<" not in text:
+        return []
     tokens = [(match, *_token_value(match)) for match in _TOKEN.finditer(text)]
     found: list[Found] = []
     i = 0

@@ -21,13 +21,24 @@ _PERCENT = re.compile(
 )
 
 
+_HALF_STEMS = (
+    "half", "midway", "middle", "mitte", "mi-chemin", "milieu", "mitad", "середине", "منتصف",
+    "中间", "中間",
+)  # fmt: skip
+
+
+def _mentions(text: str, stems: tuple[str, ...]) -> bool:
+    """A quick look before a slow pattern."""
+    return any(stem in text for stem in stems)
+
+
 def shares_of_clip(text: str) -> Iterator[tuple[float, re.Match[str]]]:
     """Places given as a share of the clip, 0 to 1."""
-    for match in _HALF.finditer(text):
+    for match in _HALF.finditer(text) if _mentions(text, _HALF_STEMS) else ():
         yield 0.5, match
-    for match in _PART.finditer(text):
+    for match in _PART.finditer(text) if _mentions(text, tuple(_PARTS)) else ():
         if count := _COUNT.search(text[max(0, match.start() - 8) : match.start()]):
             yield _COUNTS[count["count"]] * _PARTS[match["part"]], match
-    for match in _PERCENT.finditer(text):
+    for match in _PERCENT.finditer(text) if _mentions(text, ("%", "percent")) else ():
         if text[match.start() - 1 : match.start()] != ".":
             yield float(match["percent"]) / 100, match

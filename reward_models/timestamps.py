@@ -138,7 +138,7 @@ def _read(text: str, duration_s: float | None, form: str | None) -> tuple[list[F
             for f in _shifted(read_prose(text[a:b], duration_s, bare=True)[0], a)
         ]
     if not found:
-        quoted = [match.span() for match in QUOTED_SPEECH.finditer(text)]
+        quoted = [m.span() for m in QUOTED_SPEECH.finditer(text)] if '"' in text else []
         found, failed = read_prose(blank(text, quoted), duration_s, bare=form == "grounding")
         attempted |= failed or bool(_NOT_FINITE.search(text))
     return sorted(found, key=lambda f: (f.start, f.end)), attempted

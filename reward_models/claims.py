@@ -109,8 +109,10 @@ def label_named(
 
 
 def _occurs(needle: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    if not needle or needle[0] not in words:
+        return False
     size = len(needle)
-    return size > 0 and any(words[i : i + size] == needle for i in range(len(words) - size + 1))
+    return any(words[i : i + size] == needle for i in range(len(words) - size + 1))
 
 
 def events_named(

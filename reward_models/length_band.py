@@ -15,7 +15,13 @@ from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
 from posttrain.types import Completion, RewardResult
 
-WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_ASCII_WORDS = re.compile(r"\w+", re.ASCII)
+
+
+def words_of(text: str) -> list[str]:
+    """Words, and single signs of scripts without spaces."""
+    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class LengthBand:
 
     def __call__(self, row: Row, completion: Completion) -> RewardResult:
         thought, _ = split_thinking(completion.text)
-        num_words = len(WORDS.findall(thought))
+        num_words = len(words_of(thought))
         rising = (num_words - self.low / 2) / (self.low / 2)
         falling = (2 * self.high - num_words) / self.high
         value = min(1.0, max(0.0, min(rising, falling)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from posttrain.data.rows import Row
 from posttrain.types import Completion, RewardResult
-from reward_models.length_band import WORDS
+from reward_models.length_band import words_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Repetition:
             raise ValueError(f"repetition: ngram={self.ngram}; must be 1 or more")
 
     def __call__(self, row: Row, completion: Completion) -> RewardResult:
-        words = WORDS.findall(completion.text.casefold())
+        words = words_of(completion.text.casefold())
         grams = list(zip(*(words[i:] for i in range(self.ngram)), strict=False))
         share = 1 - len(set(grams)) / len(grams) if grams else 0.0
         return RewardResult(-share, {"repeated_share": share})

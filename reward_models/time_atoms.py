@@ -97,7 +97,8 @@ def _word_atoms(text: str) -> Iterator[Atom]:
         position = text.find(stem)
         while position >= 0:
             before = max(0, position - 32)
-            number = _WORD_BEFORE.search(text[before:position])
+            in_digits = text[max(0, position - 2) : position].rstrip(" -")[-1:].isdigit()
+            number = None if in_digits else _WORD_BEFORE.search(text[before:position])
             if number and (match := _WORD_ATOM.match(text, before + number.start())):
                 yield from _quantity(text, match)
                 yield from _left_end(text, match.start())

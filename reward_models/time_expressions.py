@@ -50,7 +50,7 @@ _LINE_START = re.compile(
 )
 _SEPARATED_BEFORE = re.compile(r"[\[({<|*\"=~:;>]\s{0,2}$")
 _SEPARATED_AFTER = re.compile(r"^\s{0,2}(?:$|[\])}>|*\"':;,.!?-])")
-_BEFORE_CHARS, _AFTER_CHARS = 56, 40
+_BEFORE_CHARS, _AFTER_CHARS = 42, 40
 
 
 def read_prose(
@@ -169,8 +169,9 @@ def _as_range(text: str, first: Atom, second: Atom) -> Found | None:
     if kinds == {"clock"}:
         not_a_time = _is_not_a_time(before, after)
         return None if not_a_time else _found(first, second, "clock")
-    trap = words.TRAP_UNIT_AFTER.match(after) or words.TRAP_BEFORE.search(before)
-    if kinds == {"bare"} and trap:
+    if kinds == {"bare"} and (
+        words.TRAP_UNIT_AFTER.match(after) or words.TRAP_BEFORE.search(before)
+    ):
         return None
     if second.kind == "bare" and kinds != {"bare"} and re.match(r"\s?[a-z%°]", after):
         return None

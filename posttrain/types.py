@@ -22,6 +22,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from posttrain.data.rows import Row
 
 
@@ -167,7 +169,7 @@ class Reward(Protocol):
 class AudioTextScorer(Protocol):
     """Says where in a clip a phrase is heard. Implementation: `posttrain.model.audio_text`."""
 
-    def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+    def relevance(self, audio: str, phrase: str) -> tuple[ArrayLike, float]:
         """(N,) probability of every frame of the file that it holds the phrase, and seconds a
         frame."""
         ...

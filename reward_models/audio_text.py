@@ -14,7 +14,11 @@ Range [0, 1]. One invalid span makes the answer worth 0; spans copied from the q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
@@ -65,7 +69,7 @@ class AudioTextGrounding:
 
 
 def expected_iou(
-    probabilities: list[float], frame_s: float, stated: list[tuple[float, float]]
+    probabilities: ArrayLike, frame_s: float, stated: Sequence[tuple[float, float]]
 ) -> float:
     """The formula of this file's head; broken frames count by their share.
 
@@ -73,11 +77,8 @@ def expected_iou(
         probabilities: (N,) p of every frame.
         stated: merged spans, seconds.
     """
-    inside = 0.0
-    for start_s, end_s in stated:
-        first, last = start_s / frame_s, min(end_s / frame_s, len(probabilities))
-        for i in range(int(first), min(int(last) + 1, len(probabilities))):
-            inside += probabilities[i] * max(0.0, min(i + 1, last) - max(i, first))
-    stated_frames = sum(end - start for start, end in stated) / frame_s
-    union = stated_frames + sum(probabilities) - inside
+    total = np.concatenate([[0.0], np.cumsum(probabilities, dtype=np.float64)])
+    ends = np.asarray(stated, dtype=np.float64).reshape(-1, 2) / frame_s
+    inside = float(np.diff(np.interp(ends, np.arange(len(total)), total)).sum())
+    union = float(np.diff(ends).sum() + total[-1]) - inside
     return inside / union if union > 0 else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,9 @@ class AudioTextModel:
                 "audio tower or other embeddings: train a head for it, or give the first one"
             )
         self.device = device
-        self._answers: OrderedDict[tuple[str, str], tuple[list[float], float]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], tuple[np.ndarray, float]] = OrderedDict()
 
-    def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+    def relevance(self, audio: str, phrase: str) -> tuple[np.ndarray, float]:
         return self.answer_batch([(audio, phrase)])[0][0], self.features.frame_s
 
     def presence(self, audio: str, phrase: str) -> float:
@@ -45,12 +46,12 @@ class AudioTextModel:
         return self.claims_batch([(audio, *claim) for claim in claims])
 
     @torch.no_grad()
-    def answer_batch(self, questions: Sequence[tuple[str, str]]) -> list[tuple[list[float], float]]:
+    def answer_batch(self, questions: Sequence[tuple[str, str]]) -> list[tuple[np.ndarray, float]]:
         """(frame probabilities, probability of presence) of each (audio path, phrase); equal
         questions are computed once."""
         fresh = [q for q in dict.fromkeys(questions) if q not in self._answers]
         for question, logits_N in zip(fresh, self._logits(fresh), strict=True):
-            frames = self.head.frame_probabilities(logits_N).tolist()
+            frames = self.head.frame_probabilities(logits_N).cpu().numpy()
             self._answers[question] = frames, float(self.head.presence_probabilities(logits_N))
         answers = [self._answers[q] for q in questions]
         for question in questions:
@@ -62,21 +63,25 @@ class AudioTextModel:
     @torch.no_grad()
     def claims_batch(self, claims: Sequence[tuple[str, str, float, float]]) -> list[float]:
         """Probability of each (audio path, phrase, start_s, end_s)."""
-        questions = list(dict.fromkeys((audio, phrase) for audio, phrase, _, _ in claims))
-        logits = dict(zip(questions, self._logits(questions), strict=True))
-        out = []
-        for audio, phrase, start_s, end_s in claims:
-            logits_N = logits[audio, phrase]
-            span = torch.tensor([[start_s, end_s]], device=self.device) / self.features.frame_s
-            length = torch.tensor([float(len(logits_N))], device=self.device)
-            out.append(float(self.head.span_logits(logits_N[None], span, length).sigmoid()))
+        by_audio: dict[str, list[int]] = {}
+        for i, (audio, *_) in enumerate(claims):
+            by_audio.setdefault(audio, []).append(i)
+        out = [0.0] * len(claims)
+        for audio, indices in by_audio.items():  # one clip's logits at a time
+            logits_SN = torch.stack(self._logits([(audio, claims[i][1]) for i in indices]))
+            spans = torch.tensor([claims[i][2:] for i in indices], device=self.device)
+            lengths = torch.full((len(indices),), float(logits_SN.shape[1]), device=self.device)
+            scores = self.head.span_logits(logits_SN, spans / self.features.frame_s, lengths)
+            for i, p in zip(indices, scores.sigmoid().tolist(), strict=True):
+                out[i] = p
         return out
 
     def _logits(self, questions: Sequence[tuple[str, str]]) -> list[Tensor]:
         """Logits (N,) of each question; the phrases of one clip go through the head together."""
         by_audio: dict[str, list[str]] = {}
         for audio, phrase in questions:
-            by_audio.setdefault(audio, []).append(phrase)
+            if phrase not in by_audio.setdefault(audio, []):
+                by_audio[audio].append(phrase)
         found: dict[tuple[str, str], Tensor] = {}
         for audio, phrases in by_audio.items():
             frames_1NF = self.features.audio(audio).unsqueeze(0)

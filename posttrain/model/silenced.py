@@ -1,11 +1,12 @@
 """Log-probability of an answer with parts of the audio silent; the rest is encoded once.
 
 clip --windows--> encoder (only windows that a silence touches anew) --> prompt embeddings
-  --> log p(answer | prompt, audio, thought), one per set of silenced spans
+  --> log p(answer | prompt, audio), one per set of silenced spans
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,7 +88,7 @@ class SilencedAnswers:
 
     def _window(self, chunk: np.ndarray) -> tuple[Tensor, int]:
         """(encoder output (T, D), tokens) of one window."""
-        key = chunk.tobytes()
+        key = hashlib.sha256(chunk.tobytes()).digest()
         if key not in self._windows:
             batch = self.processor.feature_extractor(
                 [chunk], sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt",

@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from posttrain.data.rows import Row, read_rows
-from posttrain.model.audio_text import AudioTextHead, HeadConfig, save_head
+from posttrain.model.audio_text import AudioTextHead, HeadConfig, save_head, span_features
 from posttrain.model.audio_text_model import AudioTextModel
 from posttrain.model.frozen_features import FrozenFeatures
 from posttrain.schema import DataSource, Recipe
@@ -41,6 +42,8 @@ from posttrain.train.run_folder import RunFolder
 MIN_ROWS = 16
 CLAIM_STEPS = 400
 MAX_CALIBRATION_CLIPS = 300
+ABSENT_PHRASES = 32
+DRAWN_FRAMES = 20_000
 
 
 def train_reward(recipe: Recipe) -> Path:
@@ -127,23 +130,57 @@ def calibrate(
     rng = random.Random(f"posttrain/calibration/{seed}")
     labels = sorted({e.label for row in rows for e in row.events if e.label})
     rows = rng.sample(list(rows), min(MAX_CALIBRATION_CLIPS, len(rows)))
-    crops = [Crop(features.audio(str(row.audio)), row.events) for row in rows]
-    with torch.no_grad():
-        batches = [collate([crop], labels, features) for crop in crops]
-        logits = [
-            head.relevance(b.frames_BNF, b.mask_BN, *features.phrases(b.phrases))[0]
-            for b in batches
-        ]
-    _fit_temperature(head, logits, batches)
-    _fit_spans(head, logits, labels, crops, rows, rng)
-    _fit_presence(head, logits, batches)
+    clips = [_calibration_clip(head, row, labels, features, rng) for row in rows]
+    _fit_temperature(head, clips)
+    _fit_spans(head, clips)
+    _fit_presence(head, clips)
 
 
-def _fit_temperature(
-    head: AudioTextHead, logits: Sequence[torch.Tensor], batches: Sequence[FrameBatch]
-) -> None:
-    flat = torch.cat([line.flatten() for line in logits])
-    target = torch.cat([b.labels_BPN.flatten() for b in batches])
+@dataclass(frozen=True)
+class _CalibrationClip:
+    """One clip's share of the calibration, small even at 30 minutes: only drawn frames are kept.
+
+    logits, labels: (n,) of drawn frames. span_features, true_S: (S, 6) and (S,) of its claims.
+    highest, heard_P: (P,) highest logit of each phrase, and whether it is heard.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    span_features: torch.Tensor
+    true_S: torch.Tensor
+    highest: torch.Tensor
+    heard_P: torch.Tensor
+
+
+@torch.no_grad()
+def _calibration_clip(
+    head: AudioTextHead, row: Row, labels: Sequence[str], features: FrozenFeatures,
+    rng: random.Random,
+) -> _CalibrationClip:  # fmt: skip
+    present = {e.label for e in row.events if e.label}
+    absent = [label for label in labels if label not in present]
+    phrases = sorted(present | set(rng.sample(absent, min(ABSENT_PHRASES, len(absent)))))
+    batch = collate([Crop(features.audio(str(row.audio)), row.events)], phrases, features)
+    tokens = features.phrases(phrases)
+    logits_PN = head.relevance(batch.frames_BNF, batch.mask_BN, *tokens)[0]
+    labels_PN = batch.labels_BPN[0]
+    drawn = torch.tensor(rng.choices(range(logits_PN.numel()), k=DRAWN_FRAMES))
+    claims = [e for _ in range(4) for e in claim_examples([row], phrases, rng)]
+    spans = torch.tensor([[e.start_s, e.end_s] for e in claims], device=logits_PN.device)
+    lines = torch.tensor([phrases.index(e.phrase) for e in claims], device=logits_PN.device)
+    lengths = torch.full((len(claims),), float(logits_PN.shape[1]), device=logits_PN.device)
+    return _CalibrationClip(
+        logits_PN.flatten()[drawn.to(logits_PN.device)],
+        labels_PN.flatten()[drawn.to(logits_PN.device)],
+        span_features(logits_PN[lines], spans / head.config.frame_s, lengths),
+        torch.tensor([float(e.is_true) for e in claims], device=logits_PN.device),
+        logits_PN.amax(-1), labels_PN.amax(-1),
+    )  # fmt: skip
+
+
+def _fit_temperature(head: AudioTextHead, clips: Sequence[_CalibrationClip]) -> None:
+    flat = torch.cat([clip.logits for clip in clips])
+    target = torch.cat([clip.labels for clip in clips])
     log_temperature = torch.zeros((), device=flat.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=50)
 
@@ -157,12 +194,10 @@ def _fit_temperature(
     head.temperature.data = log_temperature.detach().exp()
 
 
-def _fit_presence(
-    head: AudioTextHead, logits: Sequence[torch.Tensor], batches: Sequence[FrameBatch]
-) -> None:
+def _fit_presence(head: AudioTextHead, clips: Sequence[_CalibrationClip]) -> None:
     """Logistic regression of "heard at all" on the highest logit, both outcomes in equal weight."""
-    highest = torch.cat([line.amax(-1) for line in logits]).unsqueeze(-1)
-    heard = torch.cat([b.labels_BPN[0].amax(-1) for b in batches])
+    highest = torch.cat([clip.highest for clip in clips]).unsqueeze(-1)
+    heard = torch.cat([clip.heard_P for clip in clips])
     share = heard.mean().clamp(0.01, 0.99)
     weight = torch.where(heard > 0, 0.5 / share, 0.5 / (1 - share))
     optimizer = torch.optim.LBFGS(head.presence.parameters(), max_iter=100)
@@ -177,28 +212,13 @@ def _fit_presence(
     optimizer.step(closure)
 
 
-def _fit_spans(
-    head: AudioTextHead, logits: Sequence[torch.Tensor], labels: Sequence[str],
-    crops: Sequence[Any], rows: Sequence[Row], rng: random.Random,
-) -> None:  # fmt: skip
-    """The span classifier on claims of the kept clips, true and false ones in equal weight."""
-    clips = [
-        Row("", (), row.audio, len(crop.frames_NF) * head.config.frame_s, row.task, crop.events)
-        for row, crop in zip(rows, crops, strict=True)
-    ]
-    examples = [e for _ in range(4) for e in claim_examples(clips, labels, rng)]
-    longest = max(line.shape[1] for line in logits)
-    device = logits[0].device
-    lines = torch.full((len(examples), longest), -8.0, device=device)
-    for i, example in enumerate(examples):
-        line = logits[example.row_index][labels.index(example.phrase)]
-        lines[i, : len(line)] = line
-    spans = torch.tensor([[e.start_s, e.end_s] for e in examples], device=device)
-    lengths = torch.tensor([float(logits[e.row_index].shape[1]) for e in examples], device=device)
-    target = torch.tensor([float(e.is_true) for e in examples], device=device)
+def _fit_spans(head: AudioTextHead, clips: Sequence[_CalibrationClip]) -> None:
+    """The span classifier on claims of the kept clips, true and false ones."""
+    features_S6 = torch.cat([clip.span_features for clip in clips])
+    target = torch.cat([clip.true_S for clip in clips])
     optimizer = torch.optim.Adam(head.span.parameters(), lr=2e-2, weight_decay=1e-4)
     for _ in range(CLAIM_STEPS):
-        scores = head.span_logits(lines, spans / head.config.frame_s, lengths)
+        scores = head.span(features_S6).squeeze(-1)
         loss = F.binary_cross_entropy_with_logits(scores, target)
         optimizer.zero_grad()
         loss.backward()

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
@@ -72,7 +73,7 @@ class AudioTextActor:
         self.questions = MicroBatcher(self.model.answer_batch, max_batch)
         self.claims = MicroBatcher(self._claims, max_batch)
 
-    async def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+    async def relevance(self, audio: str, phrase: str) -> tuple[np.ndarray, float]:
         return (await self.questions.ask((audio, phrase)))[0], self.model.features.frame_s
 
     async def presence(self, audio: str, phrase: str) -> float:
@@ -115,7 +116,7 @@ class ActorAudioTextScorer:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
-    def relevance(self, audio: str, phrase: str) -> tuple[list[float], float]:
+    def relevance(self, audio: str, phrase: str) -> tuple[np.ndarray, float]:
         return ray.get(self.actor.relevance.remote(audio, phrase))
 
     def presence(self, audio: str, phrase: str) -> float:

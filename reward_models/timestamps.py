@@ -160,15 +160,14 @@ def _in_one_dialect(found: list[Found], duration_s: float | None) -> list[Found]
 
 
 MIN_PACKED_NUMBERS = 3
-PACKED_SHARE_OF_CLIP = 0.1
 
 
 def _is_packed(found: Sequence[Found], duration_s: float) -> bool:
     """Packed minutes `M.SSd`: minutes before the point, then two digits of seconds, then decimals.
 
     The evidence, all of it: at least three different fractions of three digits, every fraction
-    below .600 and written with two digits or more; read as plain seconds everything lies in the
-    first tenth of the clip; read as packed minutes it fits into it and no span is reversed.
+    below .600 and written with two digits or more; read as packed minutes it fits into the clip and
+    no span is reversed (read as plain seconds it then lies in the clip's first sixtieth or so).
     """
     plain = [f for f in found if f.dialect == "seconds"]
     written = [w for f in plain for w in f.written]
@@ -178,10 +177,8 @@ def _is_packed(found: Sequence[Found], duration_s: float) -> bool:
     if any(len(f) < 2 or f[:2] >= "60" for f in fractions):
         return False
     unpacked = [_unpacked(f) for f in plain]
-    return (
-        max(f.end_s for f in plain) <= PACKED_SHARE_OF_CLIP * duration_s
-        and max(f.end_s for f in unpacked) <= duration_s + 1.0
-        and all(f.start_s <= f.end_s for f in unpacked)
+    return max(f.end_s for f in unpacked) <= duration_s + 1.0 and all(
+        f.start_s <= f.end_s for f in unpacked
     )
 
 

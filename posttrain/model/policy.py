@@ -1,33 +1,43 @@
 """The policy as the learner sees it: groups in, log-probabilities of their completions out.
 
-    prompt ids + audio (encoded once a group) + G completions -> (G, T) log-probabilities
+    prompt ids + audio + G completions --packed--> language model --> (G, T) log-probabilities
 
-Dense path: every completion carries its prompt, right-padded, so plain causal attention is exact.
+Packed (the normal path): a group's prompt is forwarded once, see `shared_prefix`. Dense: every
+completion carries its prompt, one row after the other; the reference that the packed path is
+checked against, and `shared_prefix.enabled=false`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.model.logprobs import token_logprobs
+from posttrain.model.logprobs import use_logprob_head
+from posttrain.model.sequence_parallel import SequenceGroup, check_heads, gather_tokens
+from posttrain.model.shared_prefix import PackedLayout, packed_layout, use_shared_prefix
 
 
 @dataclass
 class GroupTensors:
-    """One group on the device.
+    """One group; audio may lie on another device, and be memory-mapped.
+
+    At most one kind of audio is given: what the encoder takes (it trains), what it gave (the
+    projector trains), or finished embeddings (neither does).
 
     Attributes:
         prompt_ids_P: (P,) int64, audio placeholders expanded.
         completion_ids_GT: (G, T) int64, right-padded with 0.
-        mask_GT: bool (G, T), True for real tokens.
+        mask_GT: bool (G, T), True for real tokens; they come first.
         input_features, input_features_mask: (W, mel_bins, frames) and (W, frames), or None.
+        encoded_AC: (A, C) encoder outputs after the rotary time embedding, or None.
+        embeds_AH: (A, H) audio embeddings, or None.
     """
 
     prompt_ids_P: Tensor
@@ -35,14 +45,44 @@ class GroupTensors:
     mask_GT: Tensor
     input_features: Tensor | None = None
     input_features_mask: Tensor | None = None
+    encoded_AC: Tensor | None = None
+    embeds_AH: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """T of every completion."""
+        return self.mask_GT.sum(1).tolist()
+
+    @property
+    def has_audio(self) -> bool:
+        audio = (self.input_features, self.encoded_AC, self.embeds_AH)
+        return any(one is not None for one in audio)
 
 
 class Policy(nn.Module):
-    """Wraps AF-Next, with or without LoRA, for DeepSpeed."""
+    """Wraps AF-Next, with or without LoRA, for DeepSpeed.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        shared_prefix: forward every prompt once; False: the dense path.
+        sequence_group: ranks that share a packed sequence, or None.
+        activation_offload: keep what the backward pass needs in host memory; with gradient
+            checkpointing that is the input of every layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, shared_prefix: bool = True,
+        sequence_group: SequenceGroup | None = None, activation_offload: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
+        self.shared_prefix = shared_prefix
+        self.sequence_group = sequence_group
+        self.activation_offload = activation_offload
+        use_logprob_head(self.core)
+        if shared_prefix:
+            use_shared_prefix(self.core)
+        if sequence_group is not None:
+            check_heads(self.core.config.text_config.num_attention_heads, sequence_group.size)
 
     @property
     def core(self) -> Any:
@@ -50,49 +90,175 @@ class Policy(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(
-        self, groups: Sequence[GroupTensors], *, temperature: float, num_chunks: int
+        self, groups: Sequence[GroupTensors], *, temperature: float
     ) -> list[tuple[Tensor, Tensor]]:
-        """(G, T) log-probabilities (with gradient) and entropies of every group; padding is 0."""
-        return [self._group(group, temperature, num_chunks) for group in groups]
+        """(G, T) log-probabilities (with gradient) and entropies of every group; padding is 0.
 
-    def _group(
-        self, group: GroupTensors, temperature: float, num_chunks: int
+        The number of calls of each submodule does not depend on the groups when packed, so ranks
+        with different micro-batches stay together under ZeRO-3.
+        """
+        ids_N = torch.cat([ids for group in groups for ids in _forwarded_ids(group)])
+        embeds_NH = self.input_embeddings(groups, ids_N)
+        logprobs = self.packed_logprobs if self.shared_prefix else self.dense_logprobs
+        with self._saved_on_host():
+            chosen_M, entropy_M = logprobs(groups, embeds_NH, temperature)
+        return _unpack(groups, chosen_M, entropy_M)
+
+    def input_embeddings(self, groups: Sequence[GroupTensors], ids_N: Tensor) -> Tensor:
+        """(N, H): text embeddings of the packed ids, with audio in place of the placeholders."""
+        embeds_NH = self.core.get_input_embeddings()(ids_N)
+        audio_AH = self._audio_embeddings([group for group in groups if group.has_audio])
+        if audio_AH is None:
+            return embeds_NH
+        places_A = _placeholders(groups, self.core.config.audio_token_id).to(embeds_NH.device)
+        return embeds_NH.index_copy(0, places_A, audio_AH.to(embeds_NH))
+
+    def packed_logprobs(
+        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        embeds_PH = self._prompt_embeddings(group)
-        num_completions, num_steps = group.completion_ids_GT.shape
-        num_prompt = len(embeds_PH)
-        completion_GTH = self.core.get_input_embeddings()(group.completion_ids_GT)
-        prompt_GPH = embeds_PH.expand(num_completions, -1, -1)
-        hidden = self.core.model.language_model(
-            inputs_embeds=torch.cat([prompt_GPH, completion_GTH[:, :-1]], dim=1), use_cache=False
-        ).last_hidden_state[:, num_prompt - 1 :]
-        mask = group.mask_GT
-        logprobs_N, entropy_N = token_logprobs(
-            hidden[mask], group.completion_ids_GT[mask], self.core.lm_head,
-            temperature=temperature, num_chunks=num_chunks,
+        """(M,) log-probabilities and entropies of all completion tokens, in order."""
+        layout = packed_layout(
+            [len(group.prompt_ids_P) for group in groups], [group.lengths for group in groups],
+            embeds_NH.device, sequence_group=self.sequence_group,
         )  # fmt: skip
-        zeros = logprobs_N.new_zeros(num_completions, num_steps)
-        return zeros.masked_scatter(mask, logprobs_N), zeros.masked_scatter(mask, entropy_N)
+        places_M, targets_M = _predictions(groups, layout)
+        share = slice(None)
+        if self.sequence_group is not None:
+            missing = layout.num_tokens - len(embeds_NH)
+            embeds_NH = nn.functional.pad(embeds_NH, (0, 0, 0, missing))
+            share = self.sequence_group.share(layout.num_tokens)
+        hidden_NH = self.core.model.language_model(
+            inputs_embeds=embeds_NH[share].unsqueeze(0),
+            position_ids=layout.position_N[share].unsqueeze(0),
+            attention_mask={"full_attention": layout}, use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+        if self.sequence_group is None:
+            return self.core.lm_head(hidden_NH[places_M], targets_M, temperature)
+        return self._shared_head(hidden_NH, places_M, targets_M, layout.num_tokens, temperature)
 
-    def _prompt_embeddings(self, group: GroupTensors) -> Tensor:
-        """(P, H): text embeddings with the clip's audio embeddings in place of placeholders."""
-        ids_1P = group.prompt_ids_P.unsqueeze(0)
-        embeds_1PH = self.core.get_input_embeddings()(ids_1P)
-        if group.input_features is None:
-            return embeds_1PH[0]
-        assert group.input_features_mask is not None, "features and their mask come together"
-        with nullcontext() if self._audio_trains() else torch.no_grad():
-            audio_NH = self.core.get_audio_features(
-                group.input_features.to(embeds_1PH),
-                group.input_features_mask.to(embeds_1PH.device),
-                input_ids=ids_1P,
+    def _shared_head(
+        self, hidden_nH: Tensor, places_M: Tensor, targets_M: Tensor, num_tokens: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Every rank scores the tokens whose hidden states it holds; all get all of them.
+
+        The last prompt token predicts the first token of each completion, so each target has a
+        slot of its own: its place among the rank's, not its position.
+        """
+        group = self.sequence_group
+        assert group is not None
+        share = group.share(num_tokens)
+        mine_M = (places_M >= share.start) & (places_M < share.stop)
+        chosen_m, entropy_m = self.core.lm_head(
+            hidden_nH[places_M[mine_M] - share.start], targets_M[mine_M], temperature
+        )
+        out = []
+        for values_m in (chosen_m, entropy_m):
+            whole_M = values_m.new_zeros(len(targets_M)).masked_scatter(mine_M, values_m)
+            ranks_SM = gather_tokens(whole_M, group).view(group.size, -1)
+            out.append(ranks_SM.sum(0))
+        return out[0], out[1]
+
+    def dense_logprobs(
+        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `packed_logprobs`: one row a completion, prompt included, one row after the other."""
+        hidden = []
+        start = 0
+        for group in groups:
+            num_prompt = len(group.prompt_ids_P)
+            prompt_PH = embeds_NH[start : start + num_prompt]
+            start += num_prompt
+            for length in group.lengths:
+                row_NH = torch.cat([prompt_PH, embeds_NH[start : start + length - 1]])
+                start += length - 1
+                output = self.core.model.language_model(
+                    inputs_embeds=row_NH.unsqueeze(0), use_cache=False
+                )
+                hidden.append(output.last_hidden_state[0, num_prompt - 1 :])
+        targets_M = torch.cat([group.completion_ids_GT[group.mask_GT] for group in groups])
+        return self.core.lm_head(torch.cat(hidden), targets_M, temperature)
+
+    def _audio_embeddings(self, groups: Sequence[GroupTensors]) -> Tensor | None:
+        """(A, H) of all groups' clips, in order; one call of encoder and projector at most."""
+        if not groups:
+            return None
+        if groups[0].embeds_AH is not None:
+            return torch.cat([group.embeds_AH.to(self._device) for group in groups])  # type: ignore[union-attr]
+        if groups[0].encoded_AC is not None:
+            projector = self.core.model.multi_modal_projector
+            weight = projector.linear_1.weight
+            encoded = [group.encoded_AC.to(self._device, weight.dtype) for group in groups]  # type: ignore[union-attr]
+            with _grad_if_trains(projector):
+                return projector(torch.cat(encoded))
+        features = torch.cat([group.input_features for group in groups])  # type: ignore[misc]
+        mask = torch.cat([group.input_features_mask for group in groups])  # type: ignore[misc]
+        prompts = pad_sequence([group.prompt_ids_P for group in groups], batch_first=True)
+        tower, projector = self.core.model.audio_tower, self.core.model.multi_modal_projector
+        with _grad_if_trains(tower, projector):
+            return self.core.get_audio_features(
+                features.to(self._device, next(tower.parameters()).dtype), mask.to(self._device),
+                input_ids=prompts,
             ).pooler_output  # fmt: skip
-        mask = (ids_1P == self.core.config.audio_token_id).unsqueeze(-1)
-        return embeds_1PH.masked_scatter(mask, audio_NH.to(embeds_1PH.dtype))[0]
 
-    def _audio_trains(self) -> bool:
-        parts = (self.core.model.audio_tower, self.core.model.multi_modal_projector)
-        return any(p.requires_grad for part in parts for p in part.parameters())
+    @property
+    def _device(self) -> torch.device:
+        return self.core.lm_head.weight.device
+
+    def _saved_on_host(self) -> AbstractContextManager[Any]:
+        if not (self.activation_offload and torch.is_grad_enabled()):
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
+
+
+def _grad_if_trains(*parts: nn.Module) -> AbstractContextManager[Any]:
+    trains = any(p.requires_grad for part in parts for p in part.parameters())
+    return nullcontext() if trains else torch.no_grad()
+
+
+def _forwarded_ids(group: GroupTensors) -> list[Tensor]:
+    """Prompt, then every completion without its last token."""
+    rows = [
+        ids[: length - 1]
+        for ids, length in zip(group.completion_ids_GT, group.lengths, strict=True)
+    ]
+    return [group.prompt_ids_P, *rows]
+
+
+def _placeholders(groups: Sequence[GroupTensors], audio_token_id: int) -> Tensor:
+    """(A,) places of the audio in the packed sequence; in prompts only: a model may say <sound>."""
+    places, start = [], 0
+    for group in groups:
+        if group.has_audio:
+            places.append(start + (group.prompt_ids_P == audio_token_id).nonzero().squeeze(1))
+        start += len(group.prompt_ids_P) + sum(group.lengths) - len(group.lengths)
+    return torch.cat(places)
+
+
+def _predictions(groups: Sequence[GroupTensors], layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """(M,) places whose hidden state predicts a completion token, and (M,) those tokens."""
+    places, targets = [], []
+    for group, span in zip(groups, layout.spans, strict=True):
+        start = span.completions_start
+        for length in span.lengths:
+            places.append(torch.tensor([span.completions_start - 1]))
+            places.append(torch.arange(start, start + length))
+            start += length
+        targets.append(group.completion_ids_GT[group.mask_GT])
+    return torch.cat(places).to(layout.device), torch.cat(targets).to(layout.device)
+
+
+def _unpack(
+    groups: Sequence[GroupTensors], chosen_M: Tensor, entropy_M: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    outputs = []
+    counts = [int(group.mask_GT.sum()) for group in groups]
+    pieces = zip(groups, chosen_M.split(counts), entropy_M.split(counts), strict=True)
+    for group, chosen, entropy in pieces:
+        mask = group.mask_GT
+        zeros = chosen.new_zeros(mask.shape)
+        outputs.append((zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)))
+    return outputs
 
 
 def freeze_audio(model: Any, *, train_encoder: bool, train_projector: bool) -> None:

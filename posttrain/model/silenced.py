@@ -68,7 +68,7 @@ class SilencedAnswers:
             hidden = self.model.model.language_model(
                 inputs_embeds=inputs, use_cache=False
             ).last_hidden_state[0, start - 1 : -1]
-            logprobs, _ = token_logprobs(hidden, token_ids, self.model.lm_head)
+            logprobs, _ = token_logprobs(hidden, token_ids, self.model.lm_head.weight)
             out.append(float(logprobs.sum()))
         return out
 

@@ -1,15 +1,15 @@
-"""Masks on expanded ids, and the policy's log-probabilities against plain transformers."""
+"""Masks on expanded ids, and chunked log-probabilities against the plain ones."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.data.chat import assistant_mask, drop_tokenless_tail, encode, render
 from posttrain.model.load import load_model, load_processor
-from posttrain.model.logprobs import token_logprobs
-from posttrain.model.policy import GroupTensors, Policy
+from posttrain.model.logprobs import token_logprobs, use_logprob_head
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +60,52 @@ def test_a_tail_without_tokens_is_dropped_and_the_model_runs(parts: tuple) -> No
         model(**batch)
 
 
-def group(processor: object, seconds: float, lengths: tuple[int, ...]) -> GroupTensors:
-    batch = encode(processor, QUESTION, clip(seconds))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 300, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
-    return GroupTensors(
-        batch["input_ids"][0], ids * mask, mask, batch["input_features"],
-        batch["input_features_mask"],
-    )  # fmt: skip
-
-
-def test_policy_equals_transformers_completion_by_completion(parts: tuple) -> None:
-    model, processor = parts
-    inputs = group(processor, 23.0, (7, 3, 12))
-    with torch.no_grad():
-        ((logprobs, entropy),) = Policy(model)([inputs], temperature=0.7, num_chunks=5)
-        for i, length in enumerate((7, 3, 12)):
-            ids = inputs.completion_ids_GT[i, :length]
-            full = torch.cat([inputs.prompt_ids_P, ids]).unsqueeze(0)
-            logits = model(
-                input_ids=full, input_features=inputs.input_features,
-                input_features_mask=inputs.input_features_mask,
-            ).logits[0, -length - 1 : -1]  # fmt: skip
-            expected = (logits / 0.7).log_softmax(-1)
-            chosen = expected.gather(1, ids.unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(logprobs[i, :length], chosen, atol=1e-5, rtol=1e-5)
-            assert float(logprobs[i, length:].abs().sum()) == 0.0
-            mean_entropy = -(expected.exp() * expected).sum(-1)
-            torch.testing.assert_close(entropy[i, :length], mean_entropy, atol=1e-4, rtol=1e-4)
-
-
 def test_chunked_logprobs_have_exact_gradients() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     ids = torch.randint(0, 50, (11,))
-    grads = []
-    for chunk in (4, 1, 20):
-        hidden = torch.randn(11, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        head.zero_grad()
-        logprobs, _ = token_logprobs(hidden, ids, head, temperature=0.9, num_chunks=chunk)
-        (logprobs * torch.arange(11)).sum().backward()
-        grads.append((logprobs.detach(), hidden.grad, head.weight.grad.clone()))
-    direct = (head(hidden) / 0.9).log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(grads[0][0], direct.detach())
-    for other in grads[1:]:
-        for a, b in zip(grads[0], other, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    hidden = torch.randn(11, 8, requires_grad=True)
+
+    def gradients(chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = (chosen * torch.arange(11)).sum()
+        return torch.autograd.grad(loss, (hidden, head.weight))
+
+    full = (head(hidden) / 0.9).log_softmax(-1)
+    direct = full.gather(1, ids.unsqueeze(1)).squeeze(1)
+    expected = gradients(direct)
+    for vocab_chunk in (1, 7, 49, 50, 4_096):
+        chosen, entropy = token_logprobs(
+            hidden, ids, head.weight, temperature=0.9, vocab_chunk=vocab_chunk
+        )
+        assert not entropy.requires_grad
+        torch.testing.assert_close(chosen, direct)
+        torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1))
+        for one, other in zip(gradients(chosen), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_chunked_logprobs_never_make_tokens_times_vocabulary() -> None:
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for one in result if isinstance(result, (tuple, list)) else [result]:
+                largest = max(largest, one.numel() if isinstance(one, torch.Tensor) else 0)
+            return result
+
+    hidden = torch.randn(64, 8, requires_grad=True)
+    weight = torch.randn(1_000, 8, requires_grad=True)
+    with Largest():
+        chosen, _ = token_logprobs(hidden, torch.arange(64), weight, vocab_chunk=100)
+        chosen.sum().backward()
+    assert largest == weight.numel()  # its gradient; a chunk of logits has 6,400, all 64,000
+
+
+def test_the_head_with_a_bias_is_refused(parts: tuple) -> None:
+    class Model:
+        lm_head = torch.nn.Linear(4, 9)
+
+    with pytest.raises(ValueError, match="bias"):
+        use_logprob_head(Model())

@@ -29,6 +29,9 @@ class ModelConfig:
     max_audio_len_s: float | None = None
     """Longest clip accepted; None: the processor's own limit. Longer clips are refused."""
     gradient_checkpointing: bool = True
+    activation_offload: bool = False
+    """What the backward pass needs waits in host memory; with gradient checkpointing, the input of
+    every layer."""
     train_encoder: bool = False
     train_projector: bool = False
 
@@ -42,6 +45,32 @@ class LoraConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(LANGUAGE_LINEARS))
+
+
+@dataclass
+class SharedPrefixConfig:
+    """One forward of the prompt for all completions of a group."""
+
+    enabled: bool = True
+    """false: the dense path, every completion with its own copy of the prompt."""
+    verify: str = "first_step"
+    """first_step: the first group is computed densely too, and a difference ends the run; never."""
+    verify_tokens: int = 4096
+    """Prompt tokens of that check; a longer prompt is shortened to its end."""
+    logprob_tolerance: float | None = None
+    """Largest difference allowed (nats); None: 1e-4 in float32, 0.25 in bfloat16."""
+    gradient_tolerance: float | None = None
+    """Of the gradient of the inputs, relative; None: 1e-3 in float32, 0.1 in bfloat16."""
+
+
+@dataclass
+class AudioEmbeddingsConfig:
+    """Where encoded clips are kept. Whether, and what of them, follows from what trains."""
+
+    dir: str | None = None
+    """A folder on local disk; None: ~/.cache/posttrain/audio_embeddings."""
+    max_gib: float = 50.0
+    """Least recently used clips are dropped above this."""
 
 
 @dataclass
@@ -138,8 +167,9 @@ class TrainingConfig:
     max_steps: int = 100
     prompts_per_step: int = 32
     """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes."""
-    per_device_group_batch_size: int = 1
-    """Groups a rank forwards at once; the rest is gradient accumulation."""
+    micro_batch_tokens: int | None = None
+    """Tokens that a rank forwards at once; small groups are packed together, larger ones split
+    into parts that each carry the prompt once. None: one group at a time."""
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.03
@@ -147,8 +177,6 @@ class TrainingConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
-    logprob_chunk_tokens: int = 1024
-    """Completion positions whose logits exist at one time."""
     save_steps: int = 50
     save_total_limit: int | None = 2
     eval_steps: int | None = 50
@@ -167,6 +195,8 @@ class LearnerConfig:
     """auto, cuda or cpu."""
     cpu_offload: bool = False
     """Optimizer state in host memory."""
+    sequence_parallel_size: int = 1
+    """Ranks that share one packed sequence (Ulysses); divides num_processes and the heads."""
     threads_per_process: int | None = None
     """CPU threads of a rank; None: torch decides."""
 
@@ -235,6 +265,8 @@ class Recipe:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    shared_prefix: SharedPrefixConfig = field(default_factory=SharedPrefixConfig)
+    audio_embeddings: AudioEmbeddingsConfig = field(default_factory=AudioEmbeddingsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -312,14 +344,17 @@ def _validate_grpo(recipe: Recipe) -> None:
         _rule(value == 1.0, f"sampling.{key}={value}",
               "must be 1.0: otherwise log-probabilities are not those of the sampled policy")
     _one_of("learner.zero_stage", r.learner.zero_stage, (2, 3))
-    ranks = r.learner.num_processes
-    _rule(t.prompts_per_step % ranks == 0,
-          f"training.prompts_per_step={t.prompts_per_step} with learner.num_processes={ranks}",
-          "make it a multiple: a group never leaves its rank")
-    per_rank = t.prompts_per_step // ranks
-    _rule(per_rank % t.per_device_group_batch_size == 0,
-          f"training.per_device_group_batch_size={t.per_device_group_batch_size} with "
-          f"{per_rank} groups a rank", "make it a divisor")
+    degree = r.learner.sequence_parallel_size
+    _rule(r.learner.num_processes % degree == 0,
+          f"learner.num_processes={r.learner.num_processes} with "
+          f"learner.sequence_parallel_size={degree}", "make it a multiple: ranks share a sequence")
+    _rule(degree == 1 or r.shared_prefix.enabled,
+          f"learner.sequence_parallel_size={degree} with shared_prefix.enabled=false",
+          "only the packed sequence is shared out")
+    _rule(t.prompts_per_step % (r.learner.num_processes // degree) == 0,
+          f"training.prompts_per_step={t.prompts_per_step} with {r.learner.num_processes} "
+          f"learner processes, {degree} a sequence", "make it a multiple of the sequences at once")
+    _one_of("shared_prefix.verify", r.shared_prefix.verify, ("first_step", "never"))
     _rule(r.rollout.num_workers >= 1, f"rollout.num_workers={r.rollout.num_workers}", "at least 1")
     _rule(not (r.rollout.weight_sync == "adapter" and not r.lora.enabled),
           "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")
@@ -349,16 +384,20 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("algorithm.num_iterations", 1, 1_000),
     ("training.max_steps", 1, 1e9),
     ("training.prompts_per_step", 1, 1e6),
-    ("training.per_device_group_batch_size", 1, 1e6),
+    ("training.micro_batch_tokens", 1, 1e9),
     ("training.learning_rate", 0, 1),
     ("training.warmup_ratio", 0, 1),
     ("training.max_grad_norm", 0, 1e9),
-    ("training.logprob_chunk_tokens", 1, 1e9),
     ("training.save_steps", 1, 1e9),
     ("training.eval_steps", 1, 1e9),
     ("training.save_total_limit", 1, 1e9),
     ("training.max_skipped_steps", 1, 1e9),
     ("learner.num_processes", 1, 1e6),
+    ("learner.sequence_parallel_size", 1, 1e6),
+    ("shared_prefix.verify_tokens", 1, 1e9),
+    ("shared_prefix.logprob_tolerance", 0, 1e9),
+    ("shared_prefix.gradient_tolerance", 0, 1e9),
+    ("audio_embeddings.max_gib", 0, 1e9),
     ("rollout.num_workers", 1, 1e6),
     ("rollout.tensor_parallel_size", 1, 64),
     ("rollout.gpu_memory_utilization", 0.05, 1),

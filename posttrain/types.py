@@ -16,9 +16,10 @@ This file imports nothing heavy: no torch, no numpy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -114,12 +115,22 @@ class PromptRequest:
     seed: int
 
 
+def token_runs(token_ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Ids as (id, how often in a row) pairs: 45,000 audio placeholders are one pair.
+
+    >>> token_runs([7, 5, 5, 5])
+    ((7, 1), (5, 3))
+    """
+    return tuple((token, sum(1 for _ in run)) for token, run in groupby(token_ids))
+
+
 @dataclass(frozen=True)
 class Group:
-    """A prompt's G completions.
+    """A prompt's G completions. Its size in bytes does not grow with the clip.
 
     Attributes:
-        prompt_token_ids: (P,) expanded ids as the engine saw them, audio placeholders included.
+        prompt_runs: expanded ids as the engine saw them, audio placeholders included, as
+            `token_runs`.
         completions: (G,), completion i drawn with seed + i.
         worker: name of the worker that answered.
         attempts: how often the group was issued (1 unless a worker died).
@@ -127,10 +138,19 @@ class Group:
 
     group_id: str
     prompt_id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_runs: tuple[tuple[int, int], ...]
     completions: tuple[Completion, ...]
     worker: str = ""
     attempts: int = 1
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """(P,) ids."""
+        return tuple(token for token, count in self.prompt_runs for _ in range(count))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(count for _, count in self.prompt_runs)
 
 
 @dataclass(frozen=True)

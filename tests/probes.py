@@ -44,11 +44,13 @@ def answer_long_prompts(checkpoint: str, folder: Path) -> tuple[list[int], int]:
 class ProbeRank(LearnerRank):
     """A learner that also shows its gradients and weights."""
 
-    def gradients_and_update(self, scored: list[ScoredGroup]) -> tuple[dict, dict, dict]:
+    def gradients_and_update(
+        self, micro_batches: list[list[ScoredGroup]]
+    ) -> tuple[dict, dict, dict]:
         from deepspeed.utils import safe_get_full_grad
 
         before = dict(self.trainable_weights() or {})
-        batches = self._prepare(scored)
+        batches = self._prepare(micro_batches)
         self._fixed_logprobs(batches)
         self._set_learning_rate(0)
         self.accumulate(batches)

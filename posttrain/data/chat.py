@@ -78,6 +78,31 @@ def encode(
     return {key: batch[key] for key in keep if key in batch}
 
 
+def expanded_prompt(
+    processor: Any, messages: Sequence[Message], num_audio_tokens: int | None
+) -> torch.Tensor:
+    """(P,) int64: the ids that `encode` gives, from the number of audio tokens alone.
+
+    Args:
+        num_audio_tokens: of the clip, or None without one.
+    """
+    text = render(processor, messages, has_audio=num_audio_tokens is not None)
+    ids = processor.tokenizer.encode(text, add_special_tokens=False)
+    if num_audio_tokens is not None:
+        places = [i for i, token in enumerate(ids) if token == processor.audio_token_id]
+        if len(places) != 1:
+            raise ValueError(
+                f"chat: {len(places)} audio placeholders for one clip; remove "
+                f"{processor.audio_token} from the messages' text"
+            )
+        place = places[0]
+        run = [processor.audio_token_id] * num_audio_tokens
+        ids[place : place + 1] = [
+            processor.audio_bos_token_id, *run, processor.audio_eos_token_id
+        ]  # fmt: skip
+    return torch.tensor(ids)
+
+
 def assistant_mask(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     """Which tokens the assistant wrote, the closing `<|im_end|>` included.
 

@@ -6,25 +6,27 @@ about 1.7 GB here and not 16.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.audioflamingo3.modeling_audioflamingo3 import AudioFlamingo3Encoder
-from transformers.utils import cached_file
 
 from posttrain.data.audio import SAMPLE_RATE_HZ, load_audio
-from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.model.load import check_architecture, load_processor
+from posttrain.model.partial_weights import (
+    AUDIO_TOWER,
+    TOKEN_EMBEDDINGS,
+    fingerprint,
+    read_weights,
+    without_prefix,
+)
 
 MAX_PHRASE_TOKENS = 32
 
@@ -47,16 +49,15 @@ class FrozenFeatures:
         self.processor = load_processor(checkpoint)
         config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         self.tower = AudioFlamingo3Encoder(config.audio_config)
-        weights = _read_weights(checkpoint)
-        tower = {k.removeprefix(_TOWER): v for k, v in weights.items() if k.startswith(_TOWER)}
-        self.tower.load_state_dict(tower, strict=True)
+        weights = read_weights(checkpoint, (AUDIO_TOWER, TOKEN_EMBEDDINGS))
+        self.tower.load_state_dict(without_prefix(weights, AUDIO_TOWER), strict=True)
         self.tower.to(device).eval().requires_grad_(False)
-        self.embeddings = weights[_EMBEDDINGS].float().to(device)
+        self.embeddings = weights[TOKEN_EMBEDDINGS].float().to(device)
         self.window_s = int(self.processor.feature_extractor.chunk_length)
         self.audio_width = int(config.audio_config.hidden_size)
         self.text_width = int(self.embeddings.shape[1])
         self.frame_s = self.window_s / (config.audio_config.max_source_positions // 2)
-        self.fingerprint = _fingerprint(weights)
+        self.fingerprint = fingerprint(weights)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_bytes, self._cache_limit = 0, cache_bytes
         self._lock = threading.Lock()
@@ -104,39 +105,3 @@ class FrozenFeatures:
         mask = torch.tensor([[i < len(line) for i in range(longest)] for line in ids])
         padded = torch.tensor([line + [0] * (longest - len(line)) for line in ids])
         return self.embeddings[padded.to(self.device)], mask.to(self.device)
-
-
-_TOWER = "audio_tower."
-_EMBEDDINGS = "language_model.model.embed_tokens.weight"
-
-
-def _read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """The tower and the embedding table under canonical keys, from safetensors alone."""
-    index = cached_file(
-        str(checkpoint), "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
-    )
-    if index is None:
-        names = ["model.safetensors"]
-    else:
-        shards = json.loads(Path(index).read_text())["weight_map"]
-        names = sorted({shards[key] for key in _wanted(shards)})
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        with safe_open(cached_file(str(checkpoint), name), framework="pt") as file:
-            for key in _wanted(file.keys()):
-                weights[canonical_key(key)] = file.get_tensor(key)
-    return weights
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _wanted(keys: Iterable[str]) -> list[str]:
-    kept, _ = split_ignored(keys)
-    canonical = {key: canonical_key(key) for key in kept}
-    return [k for k, name in canonical.items() if name.startswith(_TOWER) or name == _EMBEDDINGS]

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from posttrain.model.audio_embeddings import AudioStoreSettings
+
+STORED_AUDIO = "posttrain_stored_audio"
+"""Key in vLLM's copy of the model config: what `audio_embeds` hold, a `StoredAudio`."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -16,6 +21,7 @@ class EngineSettings:
         max_lora_rank: None when no adapter will be served.
         threads: CPU threads of the engine; None: all.
         transfer_backend: of full weight syncs: "nccl" when learner and engine are both on GPUs.
+        audio_store: where encoded clips are kept; None: the engine encodes waveforms itself.
     """
 
     checkpoint: str
@@ -32,3 +38,4 @@ class EngineSettings:
     max_lora_rank: int | None = None
     threads: int | None = None
     transfer_backend: str = "gloo"
+    audio_store: AudioStoreSettings | None = None

@@ -14,7 +14,7 @@ from posttrain.data.chat import encode
 from posttrain.model.checkpoint_keys import module_key
 from posttrain.model.load import audio_limit_s, load_model, load_processor
 from posttrain.rollout.settings import EngineSettings
-from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
+from posttrain.types import Completion, Group, PromptRequest, SamplingSettings, token_runs
 
 
 class TransformersEngine:
@@ -71,8 +71,8 @@ class TransformersEngine:
             output = self.model(input_ids=step, past_key_values=cache, use_cache=True)
             cache, logits = output.past_key_values, output.logits[:, -1]
         completions = tuple(self._completion(*pair) for pair in zip(ids, logprobs, strict=True))
-        prompt_ids = tuple(inputs["input_ids"][0].tolist())
-        return Group(request.group_id, request.prompt_id, prompt_ids, completions)
+        prompt = token_runs(inputs["input_ids"][0].tolist())
+        return Group(request.group_id, request.prompt_id, prompt, completions)
 
     def _pick(
         self, all_logprobs: torch.Tensor, generators: list[torch.Generator], greedy: bool

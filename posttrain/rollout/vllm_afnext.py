@@ -38,7 +38,9 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 from vllm.platforms import current_platform
 from vllm.utils.tensor_schema import TensorSchema, TensorShape
 
+from posttrain.model.audio_embeddings import StoredAudio
 from posttrain.model.checkpoint_keys import IGNORED_SUFFIXES
+from posttrain.rollout.settings import STORED_AUDIO
 
 logger = init_logger(__name__)
 
@@ -59,12 +61,24 @@ class AFNextFeatureInputs(TensorSchema):
     chunk_counts: Annotated[torch.Tensor, TensorShape("num_audios")]
 
 
+def takes_encoder_outputs(config: MusicFlamingoConfig) -> bool:
+    """Whether `audio_embeds` are encoder outputs, for a projector that trains, not embeddings."""
+    return getattr(config, STORED_AUDIO, None) == StoredAudio.ENCODER_OUTPUTS.value
+
+
 class AFNextProcessingInfo(AudioFlamingo3ProcessingInfo):
     def get_hf_config(self) -> MusicFlamingoConfig:
         return self.ctx.get_hf_config(MusicFlamingoConfig)
 
     def get_hf_processor(self, **kwargs: object) -> MusicFlamingoProcessor:
         return self.ctx.get_hf_processor(MusicFlamingoProcessor, **kwargs)
+
+    def _get_expected_hidden_size(self) -> int | None:
+        """Width that precomputed audio must have: of encoder outputs, if those are given."""
+        config = self.get_hf_config()
+        if takes_encoder_outputs(config):
+            return config.audio_config.hidden_size
+        return super()._get_expected_hidden_size()
 
 
 class AFNextMultiModalProcessor(AudioFlamingo3MultiModalProcessor):
@@ -141,7 +155,10 @@ class AFNextForConditionalGeneration(AudioFlamingo3ForConditionalGeneration):
         self, audio_input: AFNextFeatureInputs | AudioFlamingo3EmbeddingInputs
     ) -> tuple[torch.Tensor, ...]:
         if audio_input.type == "audio_embeds":
-            return tuple(audio_input.audio_embeds)
+            given = audio_input.audio_embeds
+            if takes_encoder_outputs(self.config):
+                return tuple(self.multi_modal_projector(one) for one in given)
+            return tuple(given)
         features, mask, chunk_counts = self._normalize_audio_feature_inputs(audio_input)
         hidden_WTC = self._encode_audio_features(features, mask)
         cos, sin = self.pos_emb(

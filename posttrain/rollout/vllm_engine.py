@@ -15,9 +15,10 @@ from safetensors.torch import save as dump_safetensors
 
 from posttrain.data.audio import load_audio
 from posttrain.data.chat import drop_tokenless_tail, render
+from posttrain.model.audio_embeddings import AudioEmbeddings
 from posttrain.model.load import audio_limit_s, check_architecture, load_processor
-from posttrain.rollout.settings import EngineSettings
-from posttrain.types import Completion, Group, PromptRequest, SamplingSettings
+from posttrain.rollout.settings import STORED_AUDIO, EngineSettings
+from posttrain.types import Completion, Group, PromptRequest, SamplingSettings, token_runs
 
 PROBE_TEXT = "Identify the relevant events first, then answer."
 CPU_MAX_BATCHED_TOKENS = 8_192
@@ -55,6 +56,8 @@ class VllmEngine:
         self._proven_names: frozenset[str] | None = None
         self._adapter_dir = Path(tempfile.mkdtemp(prefix="posttrain-adapter-"))
         self.processor = load_processor(settings.checkpoint)
+        store = settings.audio_store
+        self.audio = AudioEmbeddings(store, settings.device) if store else None
         if settings.device == "cpu" and settings.threads:
             torch.set_num_threads(settings.threads)
         self.llm = LLM(
@@ -82,6 +85,9 @@ class VllmEngine:
             arguments |= {"max_lora_rank": rank, "max_loras": 2}
         if self.settings.tensor_parallel_size > 1:
             arguments["distributed_executor_backend"] = "mp"
+        if self.settings.audio_store is not None:
+            arguments["enable_mm_embeds"] = True
+            arguments["hf_overrides"] = {STORED_AUDIO: self.settings.audio_store.kind.value}
         if self.settings.device == "cpu":
             # a seeded prompt that is prefilled in pieces fails on CPU: its generator has no offset
             arguments["enable_chunked_prefill"] = False
@@ -113,7 +119,7 @@ class VllmEngine:
             Group(
                 group_id=request.group_id,
                 prompt_id=request.prompt_id,
-                prompt_token_ids=tuple(output.prompt_token_ids),
+                prompt_runs=token_runs(output.prompt_token_ids),
                 completions=tuple(self._completion(one) for one in output.outputs),
             )
             for request, output in zip(requests, outputs, strict=True)
@@ -125,7 +131,11 @@ class VllmEngine:
         prompt: dict[str, Any] = {
             "prompt": render(self.processor, request.messages, has_audio=has_audio)
         }
-        if path is not None:
+        if path is not None and self.audio is not None:
+            key, audio = self.audio(path)
+            prompt["multi_modal_data"] = {"audio": {"audio_embeds": [audio]}}
+            prompt["multi_modal_uuids"] = {"audio": [key]}
+        elif path is not None:
             limit_s = audio_limit_s(self.processor, self.settings.max_audio_len_s)
             waveform = load_audio(path, max_duration_s=limit_s)
             prompt["multi_modal_data"] = {"audio": drop_tokenless_tail(waveform, self.processor)}

@@ -7,13 +7,13 @@ from typing import Any
 from posttrain.schema import Recipe
 
 
-def deepspeed_config(
-    recipe: Recipe, num_micro_batches: int, device: str, *, optimizer: bool = True
-) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, device: str, *, optimizer: bool = True) -> dict[str, Any]:
     """A dict for `deepspeed.initialize`.
 
+    The number of micro-batches changes from step to step, so the learner says itself which is the
+    last (`set_gradient_accumulation_boundary`).
+
     Args:
-        num_micro_batches: backward passes a rank makes before it steps.
         device: "cuda" or "cpu". torch's AdamW is used on both: it needs no compiler, and keeps
             its step count where `optimizer_state` saves it.
         optimizer: False for the frozen reference.
@@ -26,8 +26,8 @@ def deepspeed_config(
     if learner.cpu_offload and optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": training.per_device_group_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": bfloat16, "check_grad_overflow": bfloat16},

@@ -267,7 +267,7 @@ def rollout_metrics(
     metrics = {
         "rollout/completion_tokens": tokens / len(completions),
         "rollout/truncated": sum(c.truncated for c in completions) / len(completions),
-        "rollout/prompt_tokens": sum(len(g.prompt_token_ids) for g in groups) / len(groups),
+        "rollout/prompt_tokens": sum(g.num_prompt_tokens for g in groups) / len(groups),
         "rollout/seconds": pool.last.wall_s,
         "rollout/tokens_per_s": tokens / max(pool.last.wall_s, 1e-9),
         "rollout/waiting_share": pool.last.waiting_share,

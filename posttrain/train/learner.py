@@ -1,16 +1,17 @@
 """One DeepSpeed rank: groups and advantages in, one optimizer step out.
 
-    prepare (read audio, tensors) -> forward groups -> policy_loss -> backward ... -> step
+    prepare (audio embeddings, tensors) -> forward packed groups -> policy_loss -> backward -> step
 
-Every rank sees only its own groups; a group never leaves its rank. Denominators are summed over
-ranks first, so the step's gradient is that of the undivided batch.
+Every rank sees only its own micro-batches. Denominators are summed over ranks first, so the step's
+gradient is that of the undivided batch. Ranks that share a sequence get the same micro-batches and
+compute the same loss from their shares of its tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ import torch.distributed as dist
 
 from posttrain.algorithm.importance import engine_importance_ratio
 from posttrain.algorithm.losses import loss_denominator, policy_loss
-from posttrain.data.audio import load_audio
-from posttrain.data.chat import encode
 from posttrain.data.rows import Row
-from posttrain.model.load import audio_limit_s, load_model, load_processor, save_checkpoint
+from posttrain.model.load import load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
 from posttrain.model.policy import GroupTensors, Policy, freeze_audio
+from posttrain.model.prefix_check import (
+    GRADIENT_TOLERANCES,
+    LOGPROB_TOLERANCES,
+    compare_with_dense,
+)
+from posttrain.model.sequence_parallel import sequence_group
 from posttrain.rollout.rendezvous import meeting_point
 from posttrain.schema import Recipe
+from posttrain.train.audio_inputs import AudioInputs
 from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.optimizer_state import load_rank_state, save_rank_state
 from posttrain.train.process_group import join_process_group
@@ -49,6 +55,15 @@ class ScoredGroup:
     advantages: tuple[float, ...]
     trained: tuple[bool, ...]
 
+    def only(self, numbers: Sequence[int]) -> ScoredGroup:
+        """The same prompt with some of the completions."""
+
+        def chosen(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in numbers)
+
+        group = replace(self.group, completions=chosen(self.group.completions))
+        return ScoredGroup(self.row, group, chosen(self.advantages), chosen(self.trained))
+
 
 class LearnerRank:
     """Rank `rank` of `world_size`; made into a Ray actor by `LearnerGroup`."""
@@ -62,8 +77,12 @@ class LearnerRank:
         if recipe.learner.threads_per_process:
             torch.set_num_threads(recipe.learner.threads_per_process)
         torch.manual_seed(recipe.seed + rank)
+        degree = recipe.learner.sequence_parallel_size
+        self.sequence_group = sequence_group(rank, world_size, degree)
+        self.num_sequences = world_size // degree
         self.reference: Policy | None = None
         self._transfer: Any = None
+        self._verified = recipe.shared_prefix.verify == "never" or not recipe.shared_prefix.enabled
 
     def build(self, resume_dir: str | None = None) -> dict[str, int]:
         """Loads the policy (or a checkpoint of it), wraps it in DeepSpeed; returns sizes."""
@@ -75,15 +94,11 @@ class LearnerRank:
         self.processor = load_processor(recipe.model.path)
         self.policy = self._build_policy(str(start), resume)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        self.num_micro_batches = (
-            recipe.training.prompts_per_step
-            // self.world_size
-            // recipe.training.per_device_group_batch_size
-        )
+        self.audio_inputs = AudioInputs(recipe, self.processor, self.device)
         self.engine, *_ = deepspeed.initialize(
             model=self.policy,
             model_parameters=trainable,
-            config=deepspeed_config(recipe, self.num_micro_batches, self.device.type),
+            config=deepspeed_config(recipe, self.device.type),
         )
         if recipe.algorithm.beta and not recipe.lora.enabled:
             self.reference = self._build_reference()
@@ -113,31 +128,39 @@ class LearnerRank:
             )  # fmt: skip
             if resume:
                 model.load_adapter(str(resume / "adapter"), "default", is_trainable=True)
-        return Policy(model).to(self.device).train()
+        return self._wrapped(model, activation_offload=recipe.model.activation_offload).train()
+
+    def _wrapped(self, model: Any, **options: Any) -> Policy:
+        policy = Policy(
+            model, shared_prefix=self.recipe.shared_prefix.enabled,
+            sequence_group=self.sequence_group, **options,
+        )  # fmt: skip
+        return policy.to(self.device)
 
     def _build_reference(self) -> Policy:
         """A frozen copy of the starting checkpoint; partitioned too under ZeRO-3."""
         import deepspeed
 
         model = load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype))
-        reference = Policy(model.requires_grad_(False)).to(self.device).eval()
+        reference = self._wrapped(model.requires_grad_(False)).eval()
         if self.recipe.learner.zero_stage == 3:
-            config = deepspeed_config(self.recipe, 1, self.device.type, optimizer=False)
+            config = deepspeed_config(self.recipe, self.device.type, optimizer=False)
             engine, *_ = deepspeed.initialize(model=reference, config=config)
             return engine
         return reference
 
     # --- one optimizer step -------------------------------------------------------------------
 
-    def update(self, scored: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """`num_iterations` optimizer steps on this rank's groups.
+    def update(self, micro_batches: Sequence[Sequence[ScoredGroup]], step: int) -> dict[str, float]:
+        """`num_iterations` optimizer steps on this rank's micro-batches.
 
         Returns:
             Metrics over all ranks, of the last iteration; those of `engine/` of the first.
             `train/skipped` is 1 when gradients of any were not finite and the weights were left
             alone.
         """
-        batches = self._prepare(scored)
+        batches = self._prepare(micro_batches)
+        verified = self._verify(batches[0]["tensors"][0])
         self._fixed_logprobs(batches)
         self._set_learning_rate(step)
         passes = [
@@ -146,16 +169,15 @@ class LearnerRank:
         ]
         on_policy = {k: v for k, v in passes[0].items() if k.startswith("engine/")}
         skipped = {"train/skipped": max(metrics["train/skipped"] for metrics in passes)}
-        return passes[-1] | on_policy | skipped
+        return passes[-1] | on_policy | skipped | verified
 
-    def _prepare(self, scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
-        """Micro-batches: tensors of `per_device_group_batch_size` groups each."""
-        size = self.recipe.training.per_device_group_batch_size
-        items = [self._group_batch(one) for one in scored]
-        return [
-            {key: [item[key] for item in items[i : i + size]] for key in items[0]}
-            for i in range(0, len(items), size)
-        ]
+    def _prepare(self, micro_batches: Sequence[Sequence[ScoredGroup]]) -> list[dict[str, Any]]:
+        """Every micro-batch as lists, one entry a group."""
+        batches = []
+        for scored in micro_batches:
+            items = [self._group_batch(one) for one in scored]
+            batches.append({key: [item[key] for item in items] for key in items[0]})
+        return batches
 
     def _group_batch(self, scored: ScoredGroup) -> dict[str, Any]:
         group, device = scored.group, self.device
@@ -171,7 +193,7 @@ class LearnerRank:
         trained_G1 = torch.tensor(scored.trained).unsqueeze(1)
         tensors = GroupTensors(
             torch.tensor(group.prompt_token_ids, device=device),
-            ids_GT.to(device), mask_GT.to(device), **self._audio_features(scored),
+            ids_GT.to(device), mask_GT.to(device), **self.audio_inputs(scored.row, group),
         )  # fmt: skip
         return {
             "tensors": tensors,
@@ -180,33 +202,41 @@ class LearnerRank:
             "advantages": torch.tensor(scored.advantages, device=device),
         }
 
-    def _audio_features(self, scored: ScoredGroup) -> dict[str, torch.Tensor]:
-        """Log-mel windows of the row's clip, checked against the prompt the engine saw."""
-        row = scored.row
-        waveform = None
-        if row.audio is not None:
-            limit_s = audio_limit_s(self.processor, self.recipe.model.max_audio_len_s)
-            waveform = load_audio(row.audio, max_duration_s=limit_s)
-        batch = encode(self.processor, row.prompt, waveform)
-        if tuple(batch.pop("input_ids")[0].tolist()) != scored.group.prompt_token_ids:
+    def _verify(self, group: GroupTensors) -> dict[str, float]:
+        """Once a process: the packed path against the dense one, on a part of a real group.
+
+        Raises:
+            RuntimeError: they differ by more than the tolerances.
+        """
+        if self._verified:
+            return {}
+        self._verified = True
+        config, dtype = self.recipe.shared_prefix, self.recipe.model.dtype
+        completions = torch.tensor(len(group.lengths), device=self.device)
+        dist.all_reduce(completions, op=dist.ReduceOp.MIN)
+        found = compare_with_dense(
+            self.policy, group, temperature=self.recipe.sampling.temperature,
+            prompt_tokens=config.verify_tokens, completions=int(completions),
+        )  # fmt: skip
+        worst = torch.tensor([found.logprob, found.gradient], device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        logprob, gradient = worst.tolist()
+        limits = (
+            _given(config.logprob_tolerance, LOGPROB_TOLERANCES[dtype]),
+            _given(config.gradient_tolerance, GRADIENT_TOLERANCES[dtype]),
+        )
+        if not (logprob <= limits[0] and gradient <= limits[1]):
             raise RuntimeError(
-                f"row {row.id!r}: engine and learner tokenise the prompt differently; "
-                "run `posttrain parity` on the checkpoint"
+                f"shared_prefix.verify: packed and dense paths differ by {logprob:.3g} nats "
+                f"(allowed {limits[0]:g}) and {gradient:.3g} of the gradient (allowed "
+                f"{limits[1]:g}) on {found.prompt_tokens} prompt tokens and {found.completions} "
+                "completions; train with shared_prefix.enabled=false and report it, or raise "
+                "shared_prefix.logprob_tolerance or gradient_tolerance if your dtype explains it"
             )
-        return batch
+        return {"shared_prefix/logprob_diff": logprob, "shared_prefix/gradient_diff": gradient}
 
     def _forward(self, policy: Any, batch: dict[str, Any]) -> list[tuple[Any, Any]]:
-        return policy(
-            batch["tensors"],
-            temperature=self.recipe.sampling.temperature,
-            num_chunks=self._num_chunks(),
-        )
-
-    def _num_chunks(self) -> int:
-        """By the longest group possible, so that all ranks make equally many."""
-        sampling = self.recipe.sampling
-        longest = sampling.num_generations * sampling.max_completion_length
-        return math.ceil(longest / self.recipe.training.logprob_chunk_tokens)
+        return policy(batch["tensors"], temperature=self.recipe.sampling.temperature)
 
     @torch.no_grad()
     def _fixed_logprobs(self, batches: Sequence[dict[str, Any]]) -> None:
@@ -234,6 +264,7 @@ class LearnerRank:
         denominator = self._denominator(batches)
         sums: dict[str, torch.Tensor] = {}
         for batch in batches:
+            self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
             outputs = self._forward(self.engine, batch)
             losses = []
             for i, (logprobs_GT, entropy_GT) in enumerate(outputs):
@@ -245,7 +276,8 @@ class LearnerRank:
                 for key, value in parts.items():
                     combine = torch.maximum if key.startswith("max_") else torch.add
                     sums[key] = combine(sums[key], value) if key in sums else value
-            # DeepSpeed averages gradients over ranks; the denominator already spans them
+            # DeepSpeed averages gradients over ranks; the denominator already spans them. Ranks
+            # that share a sequence have a part of its gradient each, so theirs add up as well
             self.engine.backward(torch.stack(losses).sum() * self.world_size, scale_wrt_gas=False)
             if batch is not batches[-1]:
                 self.engine.step()
@@ -280,10 +312,11 @@ class LearnerRank:
         num_sequences = sum(len(mask) for mask in masks)
         total = torch.tensor([num_tokens, num_sequences], device=self.device)
         dist.all_reduce(total)
+        total //= self.recipe.learner.sequence_parallel_size
         return loss_denominator(
             self.recipe.algorithm.loss_type,
             num_tokens=int(total[0]), num_sequences=int(total[1]), num_rank_tokens=num_tokens,
-            num_ranks=self.world_size,
+            num_ranks=self.num_sequences,
             max_completion_length=self.recipe.sampling.max_completion_length,
         )  # fmt: skip
 
@@ -309,6 +342,7 @@ class LearnerRank:
         largest = sums["max_engine_diff"].double()
         dist.all_reduce(added)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        added /= self.recipe.learner.sequence_parallel_size
         total = dict(zip(keys, added.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
         return {
@@ -386,6 +420,10 @@ def _engine_difference(
         "max_engine_diff": difference.max(),
         "sampled_tokens": mask_GT.sum().float(),
     }
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _full_numel(parameter: Any) -> int:

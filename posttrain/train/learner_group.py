@@ -1,4 +1,4 @@
-"""The learner ranks as Ray actors in one placement group."""
+"""The learner ranks as Ray actors in one placement group, and what each of them forwards."""
 
 from __future__ import annotations
 
@@ -9,17 +9,34 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from transformers import AutoConfig
 
+from posttrain.model.flops import attended_pairs, forward_flops
 from posttrain.rollout.rendezvous import meeting_point
 from posttrain.schema import Recipe
 from posttrain.train.learner import LearnerRank, ScoredGroup
+from posttrain.train.micro_batches import MicroBatch, Planner, balance
+
+
+def planner(recipe: Recipe) -> Planner:
+    """Parts weighed by the operations that the recipe's language model needs for them."""
+    config: Any = AutoConfig.from_pretrained(recipe.model.path, trust_remote_code=False)
+
+    def cost(num_prompt: int, lengths: Sequence[int]) -> float:
+        tokens = num_prompt + sum(lengths)
+        pairs = attended_pairs(num_prompt, lengths)
+        return forward_flops(config.text_config, tokens, pairs, sum(lengths) + len(lengths))
+
+    return Planner(cost, recipe.training.micro_batch_tokens, dense=not recipe.shared_prefix.enabled)
 
 
 class LearnerGroup:
-    """`learner.num_processes` ranks; groups are dealt out in contiguous shares."""
+    """`learner.num_processes` ranks; neighbours share a sequence where the recipe says so."""
 
     def __init__(self, recipe: Recipe, device: str, rank_class: type = LearnerRank) -> None:
         self.num_ranks = recipe.learner.num_processes
+        self.ranks_a_sequence = recipe.learner.sequence_parallel_size
+        self.planner = planner(recipe)
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
         self._placement = placement_group([bundle] * self.num_ranks, strategy="PACK")
         ray.get(self._placement.ready(), timeout=300)
@@ -48,13 +65,34 @@ class LearnerGroup:
         return self.call_all("build", resume_dir)[0]
 
     def update(self, scored: Sequence[ScoredGroup], step: int) -> dict[str, float]:
-        """One step on `scored`, split over the ranks; returns metrics over all ranks."""
-        share = len(scored) // self.num_ranks
+        """One step on `scored`, dealt out to the ranks; returns metrics over all ranks."""
+        plan, shares = self.shares(scored)
         calls = [
-            rank.update.remote(list(scored[i * share : (i + 1) * share]), step)
-            for i, rank in enumerate(self.ranks)
+            rank.update.remote(share, step) for rank, share in zip(self.ranks, shares, strict=True)
         ]
-        return self._get(calls)[0]
+        tokens = [[sum(part.num_tokens for part in batch) for batch in rank] for rank in plan]
+        sizes = {
+            "train/forwarded_tokens": float(sum(map(sum, tokens))),
+            "train/largest_micro_batch_tokens": float(max(map(max, tokens))),
+            "train/micro_batches": float(len(plan[0])),
+            "train/rank_balance": balance(plan),
+        }
+        return self._get(calls)[0] | sizes
+
+    def shares(
+        self, scored: Sequence[ScoredGroup]
+    ) -> tuple[list[list[MicroBatch]], list[list[list[ScoredGroup]]]]:
+        """The plan, and the micro-batches of every rank."""
+        sizes = [
+            (one.group.num_prompt_tokens, [c.num_tokens for c in one.group.completions])
+            for one in scored
+        ]
+        plan = self.planner.plan(sizes, self.num_ranks // self.ranks_a_sequence)
+        shares = [
+            [[scored[part.group].only(part.completions) for part in batch] for batch in batches]
+            for batches in plan
+        ]
+        return plan, [share for share in shares for _ in range(self.ranks_a_sequence)]
 
     def call_all(self, method: str, *arguments: Any) -> list[Any]:
         return self._get([getattr(rank, method).remote(*arguments) for rank in self.ranks])
@@ -75,8 +113,9 @@ class LearnerGroup:
         except RayActorError as error:
             raise RuntimeError(
                 f"a learner process died: {str(error).splitlines()[-1]}; out of memory? "
-                "learner.zero_stage=3, learner.cpu_offload or fewer "
-                "training.per_device_group_batch_size; resume=auto goes on from the last checkpoint"
+                "learner.zero_stage=3, learner.cpu_offload, model.activation_offload, a smaller "
+                "training.micro_batch_tokens or a larger learner.sequence_parallel_size; "
+                "resume=auto goes on from the last checkpoint"
             ) from error
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ from posttrain.rollout.pool import RolloutPool
 from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.weight_sync import WeightSync
 from posttrain.schema import Recipe
+from posttrain.train.audio_inputs import audio_store_settings
 from posttrain.train.learner_group import LearnerGroup
 from posttrain.train.run_folder import Checkpoint
 from reward_models.names import MODEL_REWARDS
@@ -172,4 +173,5 @@ def engine_settings(recipe: Recipe, learner_device: str, device: str) -> EngineS
         max_lora_rank=recipe.lora.r if recipe.lora.enabled else None,
         threads=rollout.threads_per_worker,
         transfer_backend="nccl" if both_on_gpus else "gloo",
+        audio_store=audio_store_settings(recipe),
     )  # fmt: skip

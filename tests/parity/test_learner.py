@@ -19,7 +19,7 @@ from posttrain.model.load import load_processor
 from posttrain.train.learner import ScoredGroup
 from posttrain.train.learner_group import LearnerGroup
 from posttrain.train.resources import start_ray
-from posttrain.types import Completion, Group
+from posttrain.types import Completion, Group, token_runs
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def replayed_groups(nano: str, timelines: Path, count: int) -> list[ScoredGroup]
             )
             for length in (5, 9, 3, 12)
         )  # fmt: skip
-        group = Group(row.id, row.id, tuple(prompt.tolist()), completions)
+        group = Group(row.id, row.id, token_runs(prompt.tolist()), completions)
         advantages = tuple(rng.uniform(-1, 1) for _ in completions)
         groups.append(ScoredGroup(row, group, advantages, (True, True, False, True)))
     return groups
@@ -55,10 +55,10 @@ def run_once(recipe_file: Path, groups: list[ScoredGroup], *overrides: str) -> t
     try:
         learners = LearnerGroup(recipe, "cpu", ProbeRank)
         learners.build()
-        share = len(groups) // learners.num_ranks
+        _, shares = learners.shares(groups)
         calls = [
-            rank.gradients_and_update.remote(groups[i * share : (i + 1) * share])
-            for i, rank in enumerate(learners.ranks)
+            rank.gradients_and_update.remote(share)
+            for rank, share in zip(learners.ranks, shares, strict=True)
         ]
         return ray.get(calls)[0]
     finally:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from posttrain.config import load_recipe
 from posttrain.data.rows import Row
+from posttrain.model.policy import Policy
 from posttrain.train import grpo
 from posttrain.train.learner import LearnerRank, ScoredGroup
 from posttrain.train.run_folder import RunFolder
@@ -41,8 +44,80 @@ def answer_long_prompts(checkpoint: str, folder: Path) -> tuple[list[int], int]:
     return [len(group.completions) for group in groups], len(calls)
 
 
+class BytesThroughRay:
+    """Counts what the controller hands to Ray and gets back, a GRPO step at a time.
+
+    Every request, answer and update passes through the controller, so nothing escapes.
+
+    Attributes:
+        steps: bytes of every step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self._bytes = 0
+
+    def __enter__(self) -> BytesThroughRay:
+        from ray._private.serialization import SerializationContext
+
+        self._context = SerializationContext
+        self._kept = (
+            SerializationContext.serialize, SerializationContext.deserialize_objects,
+            grpo.GrpoLoop.step,
+        )  # fmt: skip
+        serialize, deserialize, step = self._kept
+
+        def counted_out(context: object, value: object) -> object:
+            result = serialize(context, value)
+            self._bytes += result.total_bytes
+            return result
+
+        def counted_in(context: object, objects: list, *rest: object) -> object:
+            for one in objects:
+                parts = (getattr(one, "data", None), getattr(one, "metadata", None))
+                self._bytes += sum(len(part) for part in parts if part is not None)
+            return deserialize(context, objects, *rest)
+
+        def counted_step(loop: grpo.GrpoLoop, number: int) -> None:
+            before = self._bytes
+            step(loop, number)
+            self.steps.append(self._bytes - before)
+
+        SerializationContext.serialize = counted_out
+        SerializationContext.deserialize_objects = counted_in
+        grpo.GrpoLoop.step = counted_step  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.serialize, self._context.deserialize_objects = self._kept[:2]
+        grpo.GrpoLoop.step = self._kept[2]  # type: ignore[method-assign]
+
+
 class ProbeRank(LearnerRank):
-    """A learner that also shows its gradients and weights."""
+    """A learner that also shows its log-probabilities, gradients and weights."""
+
+    def _build_policy(self, start: str, resume: Path | None) -> Policy:
+        """A fresh adapter does nothing and has no gradient in lora_A: give it weights."""
+        policy = super()._build_policy(start, resume)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                with torch.no_grad():
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+        return policy
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: list[list[ScoredGroup]]) -> list[torch.Tensor]:
+        """(T,) of every completion, in the order given."""
+        outputs = []
+        for batch in self._prepare(micro_batches):
+            pairs = zip(self._forward(self.engine, batch), batch["tensors"], strict=True)
+            for (logprobs_GT, _), tensors in pairs:
+                outputs += [
+                    row[:n].cpu().clone()
+                    for row, n in zip(logprobs_GT, tensors.lengths, strict=True)
+                ]
+        return outputs
 
     def gradients_and_update(
         self, micro_batches: list[list[ScoredGroup]]
@@ -51,6 +126,7 @@ class ProbeRank(LearnerRank):
 
         before = dict(self.trainable_weights() or {})
         batches = self._prepare(micro_batches)
+        self._verify(batches[0]["tensors"][0])
         self._fixed_logprobs(batches)
         self._set_learning_rate(0)
         self.accumulate(batches)

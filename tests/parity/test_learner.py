@@ -1,8 +1,9 @@
-"""One process, two with ZeRO-2, two with ZeRO-3: same gradients, same update."""
+"""However a step is cut, it is the same: processes, ZeRO stages, parts, shares of a sequence."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,26 +72,108 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (difference / sum(float(b[n].double().square().sum()) for n in b)) ** 0.5
 
 
-def test_two_processes_equal_one(recipe_file: Path, nano: str, timelines: Path) -> None:
+VARIANTS = {
+    "zero-2": ("learner.num_processes=2",),
+    "zero-3, groups in parts": (
+        "learner.num_processes=2", "learner.zero_stage=3", "training.micro_batch_tokens=260",
+    ),
+    "groups packed together": ("training.micro_batch_tokens=600",),
+    "dense": ("shared_prefix.enabled=false",),
+    "one sequence on two ranks": (
+        "learner.num_processes=2", "learner.sequence_parallel_size=2",
+        "training.micro_batch_tokens=600",
+    ),
+}  # fmt: skip
+
+
+def test_a_step_is_the_same_however_it_is_cut(
+    recipe_file: Path, nano: str, timelines: Path
+) -> None:
     groups = replayed_groups(nano, timelines, 4)
-    one = run_once(recipe_file, groups)
-    for stage in (2, 3):
-        compare(recipe_file, groups, one, stage)
-
-
-def compare(recipe_file: Path, groups: list[ScoredGroup], one: tuple, stage: int) -> None:
-    one_grad, before, one_after = one
-    two_grad, _, two_after = run_once(
-        recipe_file, groups, "learner.num_processes=2", f"learner.zero_stage={stage}"
-    )
-    gradient_difference = relative(two_grad, one_grad)
+    one_gradients, before, one_after = run_once(recipe_file, groups)
+    assert len(one_gradients) > 40
     update = {n: one_after[n] - before[n] for n in before}
-    other = {n: two_after[n] - before[n] for n in before}
-    update_difference = relative(other, update)
-    print(f"zero-{stage}: gradients {gradient_difference:.2e}, update {update_difference:.2e}")
-    assert len(one_grad) > 40
-    assert gradient_difference <= 1e-5
-    assert update_difference <= 0.01
+    for name, overrides in VARIANTS.items():
+        gradients, _, after = run_once(recipe_file, groups, *overrides)
+        gradient_difference = relative(gradients, one_gradients)
+        update_difference = relative({n: after[n] - before[n] for n in before}, update)
+        print(f"{name}: gradients {gradient_difference:.2e}, update {update_difference:.2e}")
+        assert gradient_difference <= 1e-5, name
+        assert update_difference <= 0.01, name
+
+
+LORA = ("lora.enabled=true", "lora.r=4", "model.gradient_checkpointing=true",
+        "training.micro_batch_tokens=600")  # fmt: skip
+
+
+def test_ulysses_with_lora_and_zero_3_equals_one_rank(
+    recipe_file: Path, nano: str, timelines: Path
+) -> None:
+    """Log-probabilities, gradients, and that completions do not see each other."""
+    groups = replayed_groups(nano, timelines, 2)
+    two = ("learner.num_processes=2", "learner.sequence_parallel_size=2", "learner.zero_stage=3")
+    results = [with_logprobs(recipe_file, groups, *LORA, *more) for more in ((), two)]
+    (logprobs, _, gradients), (shared_logprobs, changed, shared_gradients) = results
+    largest = max(
+        float((a - b).abs().max()) for a, b in zip(logprobs, shared_logprobs, strict=True)
+    )
+    difference = relative(shared_gradients, gradients)
+    print(f"ulysses, zero-3, lora: logprobs {largest:.2e}, gradients {difference:.2e}")
+    assert any("lora_A" in n and float(g.norm()) > 0 for n, g in gradients.items())
+    assert largest <= 1e-5
+    assert difference <= 1e-4
+    leaks = [float((a - b).abs().max()) for a, b in zip(shared_logprobs, changed, strict=True)]
+    assert sum(leak > 1e-3 for leak in leaks) == 1, "only the completion that was changed moves"
+    assert sorted(leaks)[-2] <= 1e-6
+
+
+def with_logprobs(recipe_file: Path, groups: list[ScoredGroup], *overrides: str) -> tuple:
+    """Log-probabilities, those after one completion was changed, and gradients."""
+    recipe = load_recipe(recipe_file, ["training.max_grad_norm=1000000", *overrides])
+    first = groups[0].group
+    other = replace(first.completions[1], token_ids=(7,) * 9)
+    completions = (first.completions[0], other, *first.completions[2:])
+    changed = [replace(groups[0], group=replace(first, completions=completions)), *groups[1:]]
+    start_ray(recipe)
+    try:
+        learners = LearnerGroup(recipe, "cpu", ProbeRank)
+        learners.build()
+        _, shares = learners.shares(groups)
+        _, changed_shares = learners.shares(changed)
+
+        def ask(method: str, shares: list) -> object:
+            pairs = zip(learners.ranks, shares, strict=True)
+            return ray.get([getattr(rank, method).remote(share) for rank, share in pairs])[0]
+
+        plain, moved = ask("logprobs", shares), ask("logprobs", changed_shares)
+        return plain, moved, ask("gradients_and_update", shares)[0]
+    finally:
+        ray.shutdown()
+
+
+def test_the_self_check_stops_a_run_that_differs(
+    recipe_file: Path, nano: str, timelines: Path
+) -> None:
+    """With tolerances of 0 even rounding ends it; with the default ones it is logged, once."""
+    groups = replayed_groups(nano, timelines, 4)
+    recipe = load_recipe(recipe_file, ["algorithm.vllm_importance_sampling_correction=false"])
+    start_ray(recipe)
+    try:
+        learners = LearnerGroup(recipe, "cpu")
+        learners.build()
+        first, second = learners.update(groups, 0), learners.update(groups, 1)
+        learners.stop()
+        recipe.shared_prefix.logprob_tolerance = 0.0
+        strict = LearnerGroup(recipe, "cpu")
+        strict.build()
+        with pytest.raises(RuntimeError, match="shared_prefix.verify: packed and dense"):
+            strict.update(groups, 0)
+    finally:
+        ray.shutdown()
+    assert 0 < first["shared_prefix/logprob_diff"] <= 1e-4  # random tokens: 20 nats each
+    assert 0 < first["shared_prefix/gradient_diff"] <= 1e-4
+    assert "shared_prefix/logprob_diff" not in second
+    assert first["train/micro_batches"] == 4
 
 
 def adapter_of(learners: LearnerGroup) -> dict[str, torch.Tensor]:

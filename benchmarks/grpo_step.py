@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sides import Side
+
 VOCAB_SIZE = 580
 TEMPERATURE = 1.0
-# glibc gives every block above 32 MiB back and gets it zeroed again: 10 % of dense, 20 % of shared,
-# whose blocks pass that size first. Neither side is to be measured by it.
-KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**34))
 
 
 def main() -> None:
@@ -60,14 +57,17 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Lets both sides take turns; returns the figures."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(name, folder) for name in ("dense", "shared")}
+        sides = {
+            name: Side("benchmarks.grpo_step", name, f"{folder}/{name}.safetensors")
+            for name in ("dense", "shared")
+        }
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(options.repeats):
             for name, side in sides.items():
                 times[name].append(side.ask("step")["seconds"])
         ends = {name: side.ask("finish") for name, side in sides.items()}
         for side in sides.values():
-            side.process.wait()
+            side.end()
         differences = exactness(Path(folder))
     dense_s, shared_s = (statistics.median(times[name]) for name in ("dense", "shared"))
     tokens = {name: end["tokens"] for name, end in ends.items()}
@@ -83,25 +83,6 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "peak_rss_ratio": round(ends["shared"]["peak_mib"] / ends["dense"]["peak_mib"], 3),
         **differences,
     }  # fmt: skip
-
-
-class Side:
-    """One of the two processes, asked over its standard input."""
-
-    def __init__(self, name: str, folder: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.grpo_step", *sys.argv[1:]]
-        command += ["--side", name, "--out", str(Path(folder) / f"{name}.safetensors")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | KEEP_MEMORY,
-        )  # fmt: skip
-
-    def ask(self, word: str) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        print(word, file=self.process.stdin, flush=True)
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        raise RuntimeError(f"benchmark process ended with {self.process.wait()}")
 
 
 def exactness(folder: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ in tiles and are not affected, nor are short contexts: those stay with vLLM's ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,11 +42,21 @@ class LongContextCPUAttention(CPUAttentionBackendImpl):
             )
         starts = attn_metadata.query_start_loc.tolist()
         lengths = attn_metadata.seq_lens.tolist()
-        sequences = zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False)
-        for start, end, num_keys, blocks in sequences:
-            keys_KTD, values_KTD = _cached(kv_cache, blocks, num_keys)
-            out_THD = _attend(query[start:end], keys_KTD, values_KTD, self.scale)
-            output[start:end] = out_THD.view_as(output[start:end])
+        table = attn_metadata.block_table[: len(lengths)]
+        decoding = [i for i in range(len(lengths)) if starts[i + 1] - starts[i] == 1]
+        shared, single = _shared_prefixes(table, lengths, decoding, kv_cache.shape[2])
+        for numbers, num_blocks in shared:
+            rows = [starts[i] for i in numbers]
+            out_GHD = _attend_after_prefix(
+                query[rows], kv_cache, table[numbers], [lengths[i] for i in numbers], num_blocks,
+                self.scale,
+            )  # fmt: skip
+            output[rows] = out_GHD.view_as(output[rows])
+        for i in single:
+            keys_KTD, values_KTD = _cached(kv_cache, table[i], lengths[i])
+            rows = slice(starts[i], starts[i + 1])
+            out_THD = _attend(query[rows], keys_KTD, values_KTD, self.scale)
+            output[rows] = out_THD.view_as(output[rows])
         return output
 
     def _is_long(self, layer: Any, query: Tensor, metadata: Any) -> bool:
@@ -73,21 +84,87 @@ def use_long_context_attention() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, path)
 
 
+def _shared_prefixes(
+    table: Tensor, lengths: Sequence[int], decoding: Sequence[int], block_size: int
+) -> tuple[list[tuple[list[int], int]], list[int]]:
+    """Decoding sequences whose first blocks are the same, as the completions of a group are.
+
+    Returns:
+        (sequences, leading blocks that they share) of every such group; all other sequences.
+    """
+    by_first: dict[int, list[int]] = {}
+    for i in decoding:
+        by_first.setdefault(int(table[i, 0]), []).append(i)
+    shared = []
+    single = set(range(len(lengths)))
+    for numbers in by_first.values():
+        full_blocks = min(lengths[i] for i in numbers) // block_size
+        rows = table[numbers, :full_blocks]
+        num_blocks = int((rows == rows[0]).all(0).long().cumprod(0).sum())
+        if len(numbers) > 1 and num_blocks:
+            shared.append((numbers, num_blocks))
+            single -= set(numbers)
+    return shared, sorted(single)
+
+
 def _cached(kv_cache: Tensor, blocks: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """One sequence's keys and values, each [kv_heads, num_keys, head_size].
+    """One sequence's keys and values, each [kv_heads, num_keys, head_size]."""
+    block_size = kv_cache.shape[2]
+    keys_KTD, values_KTD = _of_blocks(kv_cache, blocks[: -(-num_keys // block_size)])
+    return keys_KTD[:, :num_keys], values_KTD[:, :num_keys]
+
+
+def _of_blocks(kv_cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole blocks, [..., blocks] -> each [..., kv_heads, keys, head_size].
 
     In a block vLLM keeps the keys transposed, [head_size, block_size], before the values.
     """
-    kv_heads, block_size = kv_cache.shape[1:3]
-    used = blocks[: -(-num_keys // block_size)].long()
-    blocks_NKSD = kv_cache[used].view(len(used), kv_heads, 2 * block_size, -1)
-    keys, values = blocks_NKSD.chunk(2, dim=2)
-    keys_NKSD = keys.reshape(len(used), kv_heads, -1, block_size).transpose(2, 3)
-    keys_KTD, values_KTD = (
-        part_NKSD.transpose(0, 1).reshape(kv_heads, -1, part_NKSD.shape[-1])[:, :num_keys]
-        for part_NKSD in (keys_NKSD, values)
+    kv_heads, block_size, head_size = *kv_cache.shape[1:3], kv_cache.shape[3] // 2
+    *lead, num_blocks = blocks.shape
+    both = kv_cache[blocks.long()].view(*blocks.shape, kv_heads, 2 * block_size, head_size)
+    keys, values = both.chunk(2, dim=-2)
+    keys = keys.reshape(*blocks.shape, kv_heads, head_size, block_size).transpose(-2, -1)
+    keys, values = (
+        part.transpose(-4, -3).reshape(*lead, kv_heads, num_blocks * block_size, head_size)
+        for part in (keys, values)
     )
-    return keys_KTD, values_KTD
+    return keys, values
+
+
+def _attend_after_prefix(
+    query_GHD: Tensor, kv_cache: Tensor, table: Tensor, lengths: Sequence[int], num_blocks: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """One new token of each of G sequences that share their first blocks: [G, heads, head_size].
+
+    The prefix is read once for all of them, what follows it for each; in float64.
+    """
+    num_rows, heads, head_size = query_GHD.shape
+    block_size = kv_cache.shape[2]
+    prefix = num_blocks * block_size
+    last_block = -(-max(lengths) // block_size)
+    prefix_keys, prefix_values = (x.double() for x in _of_blocks(kv_cache, table[0, :num_blocks]))
+    own_keys, own_values = (
+        x.double() for x in _of_blocks(kv_cache, table[:, num_blocks:last_block])
+    )
+    kv_heads = prefix_keys.shape[0]
+    query_GKRD = query_GHD.double().view(num_rows, kv_heads, heads // kv_heads, head_size) * scale
+    query_KND = query_GKRD.transpose(0, 1).reshape(kv_heads, -1, head_size)
+    to_prefix = _split_rows(query_KND @ prefix_keys.transpose(-2, -1), num_rows)
+    to_own = query_GKRD @ own_keys.transpose(-2, -1)
+    places = prefix + torch.arange(own_keys.shape[-2])
+    unseen_GT = places >= torch.tensor(lengths).unsqueeze(1)
+    to_own = to_own.masked_fill(unseen_GT[:, None, None], -torch.inf)
+    weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1)
+    weights_KNP = weights[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix)
+    out = _split_rows(weights_KNP @ prefix_values, num_rows)
+    out = out + weights[..., prefix:] @ own_values.nan_to_num()
+    return out.reshape(num_rows, heads, head_size).float()
+
+
+def _split_rows(x_KNX: Tensor, num_rows: int) -> Tensor:
+    """[kv_heads, G x R, x] -> [G, kv_heads, R, x]."""
+    return x_KNX.unflatten(1, (num_rows, -1)).transpose(0, 1)
 
 
 def _attend(query_THD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, scale: float) -> Tensor:

@@ -66,6 +66,31 @@ def test_attention_equals_float64(cached, num_rows: int) -> None:
     assert error <= (1e-7 if num_rows < 64 else 5e-6), "few rows are summed in float64"
 
 
+@pytest.mark.parametrize("lengths", [(2_500, 2_305, 2_400), (2_433, 2_433), (2_432, 2_432)])
+def test_siblings_read_their_prefix_once_and_equal_one_by_one(cached, lengths: tuple) -> None:
+    """19 blocks; the first 18 or 19 are shared, or all there is. A stranger stays by himself."""
+    _, _, cache, blocks = cached
+    other = torch.arange(len(blocks), dtype=torch.int32)
+    table = torch.stack([blocks] * len(lengths) + [other])
+    starts = len(lengths)
+    if max(lengths) > 2_432:
+        table[1, 19] = other[-1]
+    shared, single = cpu_attention._shared_prefixes(
+        table, [*lengths, 300], range(starts + 1), BLOCK_SIZE
+    )
+    ((numbers, num_blocks),) = shared
+    assert numbers == list(range(starts)) and single == [starts]
+    assert num_blocks == min(lengths) // BLOCK_SIZE
+    query_GHD = torch.randn(starts, HEADS, HEAD_SIZE) * 2
+    together = cpu_attention._attend_after_prefix(
+        query_GHD, cache, table[numbers], lengths, num_blocks, SCALE
+    )
+    for i, length in enumerate(lengths):
+        keys, values = cpu_attention._cached(cache, table[i], length)
+        alone = cpu_attention._attend(query_GHD[i : i + 1], keys, values, SCALE)[0]
+        torch.testing.assert_close(together[i], alone, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_long_prompts_take_this_attention_and_none_is_cut(nano: str, tmp_path: Path) -> None:
     """Eight prompts of 1,500 audio tokens are more than the engine prefills at once."""

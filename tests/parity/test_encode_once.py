@@ -81,7 +81,7 @@ def test_a_training_projector_keeps_encoder_outputs(recipe_file: Path, tmp_path:
 
 
 def bytes_of_a_step(recipe_file: Path, folder: Path, minutes: int) -> tuple[float, float]:
-    """(bytes that crossed Ray in the second step, prompt tokens) with clips of that length."""
+    """(bytes that crossed Ray in a step, prompt tokens) with clips of that length."""
     rows = folder / f"{minutes}.jsonl"
     lines = []
     for i in range(2):
@@ -100,10 +100,11 @@ def bytes_of_a_step(recipe_file: Path, folder: Path, minutes: int) -> tuple[floa
             recipe_file, f"data.train.main.path={rows}", "run_name=" + f"m{minutes}",
             f"audio_embeddings.dir={folder / 'store'}", "training.prompts_per_step=1",
             "rollout.max_model_len=16384", "sampling.max_completion_length=8",
-            "sampling.num_generations=2", "scoring.truncated=score",
+            "sampling.num_generations=2", "scoring.truncated=score", "training.max_steps=1",
+            "learner.threads_per_process=2",
         )  # fmt: skip
     tokens = run_folder.read_jsonl("metrics.jsonl")[-1]["rollout/prompt_tokens"]
-    return counter.steps[1], tokens
+    return counter.steps[0], tokens
 
 
 def test_bytes_through_ray_do_not_grow_with_the_clip(recipe_file: Path, tmp_path: Path) -> None:

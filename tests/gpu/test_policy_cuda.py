@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from posttrain.model.flex_prefix import flex_prefix_attention
 from posttrain.model.load import load_model
 from posttrain.model.policy import GroupTensors, Policy
+from posttrain.model.shared_prefix import packed_layout, sdpa_prefix_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,7 +16,8 @@ pytestmark = [
 ]
 
 
-def test_logprobs_on_cuda_equal_those_on_cpu(nano: str) -> None:
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_logprobs_on_cuda_equal_those_on_cpu(nano: str, shared_prefix: bool) -> None:
     model = load_model(nano)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 300, (40,), generator=generator)
@@ -22,9 +25,30 @@ def test_logprobs_on_cuda_equal_those_on_cpu(nano: str) -> None:
     mask = torch.arange(9) < torch.tensor([[9], [4], [7]])
     results = []
     for device in ("cpu", "cuda"):
-        policy = Policy(model).to(device)
+        policy = Policy(model, shared_prefix=shared_prefix).to(device)
         group = GroupTensors(prompt.to(device), (ids * mask).to(device), mask.to(device))
         with torch.no_grad():
-            ((logprobs, _),) = policy([group], temperature=1.0, num_chunks=3)
+            ((logprobs, _),) = policy([group], temperature=1.0)
         results.append(logprobs.cpu())
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_equals_sdpa_with_gradients(kv_heads: int) -> None:
+    """Two batches of different lengths: the second must not be read with the first one's mask."""
+    for prompts, completions in (([1_500, 70], [[40, 1, 90], [33, 60]]), ([300], [[129] * 8])):
+        generator = torch.Generator().manual_seed(0)
+        layout = packed_layout(prompts, completions, torch.device("cuda"))
+        query, key, value = (
+            torch.randn(1, heads, layout.num_tokens, 64, generator=generator)
+            .cuda().requires_grad_()
+            for heads in (4, kv_heads, kv_heads)
+        )  # fmt: skip
+        weights = torch.randn(query.shape, generator=generator).cuda()
+        results = []
+        for attend in (sdpa_prefix_attention, flex_prefix_attention):
+            output = attend(query, key, value, layout, 0.125)
+            gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
+            results.append((output, *gradients))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)

@@ -19,7 +19,7 @@ from posttrain.train.deepspeed_config import deepspeed_config
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 FULL = ROOT / "recipes" / "grpo_long_audio.yaml"
-CONFIG = ROOT / "tests" / "data" / "af_next_config.json"
+CONFIG = ROOT / "benchmarks" / "af_next_config.json"
 
 SHRUNK = (
     "run_name", "model.path", "model.dtype", "model.gradient_checkpointing", "lora.enabled",

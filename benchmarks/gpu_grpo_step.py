@@ -38,7 +38,10 @@ from posttrain.model.policy import GroupTensors, Policy, freeze_audio
 
 CONFIG = Path(__file__).parent / "af_next_config.json"
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2_250e12}
+BF16_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
+}  # fmt: skip
 TEXT_TOKENS = 24
 
 
@@ -87,6 +90,9 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     freeze_audio(model, train_encoder=False, train_projector=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = add_lora(model, r=options.lora_r, alpha=32, dropout=0.0, target_modules=LANGUAGE_LINEARS)
+    for parameter in lora.parameters():  # peft makes adapters float32; DeepSpeed trains bfloat16
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(next(model.parameters()).dtype)
     return lora.to(options.device).train(), config
 
 
@@ -154,7 +160,7 @@ def timed(
         return {"step_s": None, "note": "out of memory"}, None
     step_s = statistics.median(seconds[1:])
     tokens = sum(len(g.prompt_ids_P) + sum(g.lengths) - len(g.lengths) for g in groups)
-    peak = next((v for k, v in BF16_FLOPS.items() if k in device_name(options.device)), None)
+    peak = BF16_FLOPS.get(device_name(options.device))
     flops = sum(update_flops(config.text_config, g) for g in groups)
     figures = {
         "step_s": round(step_s, 3), "first_s": round(seconds[0], 3), "tokens": tokens,

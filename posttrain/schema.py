@@ -30,8 +30,8 @@ class ModelConfig:
     """Longest clip accepted; None: the processor's own limit. Longer clips are refused."""
     gradient_checkpointing: bool = True
     activation_offload: bool = False
-    """What the backward pass needs waits in host memory; with gradient checkpointing, the input of
-    every layer."""
+    """The inputs of all layers wait in host memory for the backward pass; needs
+    gradient_checkpointing."""
     train_encoder: bool = False
     train_projector: bool = False
 
@@ -54,13 +54,14 @@ class SharedPrefixConfig:
     enabled: bool = True
     """false: the dense path, every completion with its own copy of the prompt."""
     verify: str = "first_step"
-    """first_step: the first group is computed densely too, and a difference ends the run; never."""
+    """first_step: a part of the first group is computed densely too, and a difference ends the run;
+    never."""
     verify_tokens: int = 4096
     """Prompt tokens of that check; a longer prompt is shortened to its end."""
     logprob_tolerance: float | None = None
-    """Largest difference allowed (nats); None: 1e-4 in float32, 0.25 in bfloat16."""
+    """Largest difference allowed (nats); None: 1e-4 in float32, 1 in bfloat16."""
     gradient_tolerance: float | None = None
-    """Of the gradient of the inputs, relative; None: 1e-3 in float32, 0.1 in bfloat16."""
+    """Of the gradient of the inputs, relative; None: 1e-3 in float32, 0.2 in bfloat16."""
 
 
 @dataclass
@@ -166,7 +167,8 @@ class TrainingConfig:
 
     max_steps: int = 100
     prompts_per_step: int = 32
-    """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes."""
+    """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes over
+    learner.sequence_parallel_size."""
     micro_batch_tokens: int | None = None
     """Tokens that a rank forwards at once; small groups are packed together, larger ones split
     into parts that each carry the prompt once. None: one group at a time."""
@@ -348,6 +350,9 @@ def _validate_grpo(recipe: Recipe) -> None:
     _rule(r.learner.num_processes % degree == 0,
           f"learner.num_processes={r.learner.num_processes} with "
           f"learner.sequence_parallel_size={degree}", "make it a multiple: ranks share a sequence")
+    _rule(r.model.gradient_checkpointing or not r.model.activation_offload,
+          "model.activation_offload=true with model.gradient_checkpointing=false",
+          "switch gradient_checkpointing on: without it the weights would be copied as well")
     _rule(degree == 1 or r.shared_prefix.enabled,
           f"learner.sequence_parallel_size={degree} with shared_prefix.enabled=false",
           "only the packed sequence is shared out")

@@ -36,12 +36,8 @@ def load_audio(
     if path.stat().st_size == 0:
         raise ValueError(f"audio {path}: file of 0 bytes; fetch it again or drop the row")
     try:
-        info = soundfile.info(path)
-        if max_duration_s is not None and info.duration > max_duration_s + 1e-6:
-            raise ValueError(
-                f"audio {path}: {info.duration:.1f} s is longer than max_audio_len "
-                f"{max_duration_s:g} s; cut the clip or raise model.max_audio_len_s"
-            )
+        if max_duration_s is not None:
+            check_duration(path, max_duration_s)
         samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ValueError(
@@ -65,6 +61,16 @@ def check_waveform(waveform: np.ndarray, *, name: str, allow_silence: bool = Fal
     if not allow_silence and float(np.abs(waveform).max()) < SILENCE_PEAK:
         raise ValueError(
             f"audio {name}: silent (peak below {SILENCE_PEAK:g}); check the decoder or drop the row"
+        )
+
+
+def check_duration(path: str | Path, limit_s: float) -> None:
+    """Raises ValueError when the file lasts longer than `limit_s`; reads the header alone."""
+    duration_s = audio_duration_s(path)
+    if duration_s > limit_s + 1e-6:
+        raise ValueError(
+            f"audio {path}: {duration_s:.1f} s is longer than max_audio_len {limit_s:g} s; "
+            "cut the clip or raise model.max_audio_len_s"
         )
 
 

@@ -18,7 +18,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -30,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.data.audio import load_audio
+from posttrain.data.audio import check_duration, load_audio
 from posttrain.model.audio_encoder import AudioEncoder
 from posttrain.model.load import audio_limit_s, load_processor
 from posttrain.model.partial_weights import AUDIO_TOWER, PROJECTOR, fingerprint, read_weights
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = "~/.cache/posttrain/audio_embeddings"
 TENSOR = "audio"
+ABANDONED_S = 3_600
 LAYOUT = 1  # of what is stored; counts up when its meaning changes
 
 
@@ -108,23 +111,24 @@ class TensorStore:
         try:
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(TENSOR)
-            os.utime(path)
-            return tensor
         except FileNotFoundError:
             return None
         except SafetensorError as error:
             log.warning("%s is damaged and made anew: %s", path, error)
             return None
+        with suppress(OSError):  # evicted meanwhile, or another user's: the tensor is here
+            os.utime(path)
+        return tensor
 
     def _write(self, path: Path, tensor: Tensor) -> None:
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
         try:
             save_file({TENSOR: tensor.detach().cpu().contiguous()}, partial)
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise OSError(
-                f"{path}: cannot be written ({error.strerror}); set audio_embeddings.dir to a "
+                f"{path}: cannot be written ({error}); set audio_embeddings.dir to a "
                 "folder with room, or lower audio_embeddings.max_gib"
             ) from error
 
@@ -132,6 +136,7 @@ class TensorStore:
         """Files that another process has open stay readable for it: only their name goes."""
         with FileLock(self.folder / "locks" / "evict.lock"):
             files = []
+            self._remove_abandoned()
             for path in self.folder.glob("*.safetensors"):
                 try:
                     stat = path.stat()
@@ -145,6 +150,13 @@ class TensorStore:
                 if path != keep:
                     path.unlink(missing_ok=True)
                     total -= size
+
+    def _remove_abandoned(self) -> None:
+        """What a killed process was writing, an hour ago or more."""
+        for path in (*self.folder.glob(".*.partial"), *self.folder.glob(".tmp*")):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
 
 
 class AudioEmbeddings:
@@ -170,6 +182,7 @@ class AudioEmbeddings:
             FileNotFoundError, ValueError: as `load_audio`.
         """
         key = self.key(path)
+        check_duration(path, self.limit_s)
         return key, self.store.get_or_make(key, lambda: self._encode(path))
 
     def key(self, path: str) -> str:

@@ -9,6 +9,7 @@ Source: FlexAttention (arXiv 2412.05496), section 3 on block sparsity.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 SMALLEST_BUCKET = 1_024
-COMPILED_LENGTHS = 128  # kernels that torch.compile may keep before it falls back to eager
+COMPILED_LENGTHS = 128  # kernels that torch.compile may keep; above it, it raises
+_COMPILE_OPTIONS = inspect.signature(torch.compile).parameters  # recompile_limit is of torch 2.13
 
 
 def bucket(num_tokens: int) -> int:
@@ -50,10 +52,11 @@ def flex_prefix_attention(
 
 @cache
 def _compiled() -> Any:
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, COMPILED_LENGTHS
+    """Whole or not at all: eager FlexAttention would make an (N, N) tensor of scores."""
+    more: dict[str, Any] = (
+        {"recompile_limit": COMPILED_LENGTHS} if "recompile_limit" in _COMPILE_OPTIONS else {}
     )
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, **more)
 
 
 def prefix_block_mask(layout: PackedLayout, length: int) -> BlockMask:

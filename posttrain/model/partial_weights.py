@@ -47,7 +47,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(memoryview(weights[name].contiguous().view(torch.uint8).numpy().reshape(-1)))
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

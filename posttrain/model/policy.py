@@ -97,10 +97,10 @@ class Policy(nn.Module):
         The number of calls of each submodule does not depend on the groups when packed, so ranks
         with different micro-batches stay together under ZeRO-3.
         """
-        ids_N = torch.cat([ids for group in groups for ids in _forwarded_ids(group)])
+        ids_N = torch.cat([ids for group in groups for ids in forwarded_ids(group)])
         embeds_NH = self.input_embeddings(groups, ids_N)
         logprobs = self.packed_logprobs if self.shared_prefix else self.dense_logprobs
-        with self._saved_on_host():
+        with self.saved_on_host():
             chosen_M, entropy_M = logprobs(groups, embeds_NH, temperature)
         return _unpack(groups, chosen_M, entropy_M)
 
@@ -109,14 +109,19 @@ class Policy(nn.Module):
         embeds_NH = self.core.get_input_embeddings()(ids_N)
         audio_AH = self._audio_embeddings([group for group in groups if group.has_audio])
         if audio_AH is None:
-            return embeds_NH
+            return embeds_NH + self._idle_audio()
         places_A = _placeholders(groups, self.core.config.audio_token_id).to(embeds_NH.device)
         return embeds_NH.index_copy(0, places_A, audio_AH.to(embeds_NH))
 
     def packed_logprobs(
-        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(M,) log-probabilities and entropies of all completion tokens, in order."""
+        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float,
+        first_position: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(M,) log-probabilities and entropies of all completion tokens, in order.
+
+        Args:
+            first_position: of every prompt's first token.
+        """
         layout = packed_layout(
             [len(group.prompt_ids_P) for group in groups], [group.lengths for group in groups],
             embeds_NH.device, sequence_group=self.sequence_group,
@@ -129,7 +134,7 @@ class Policy(nn.Module):
             share = self.sequence_group.share(layout.num_tokens)
         hidden_NH = self.core.model.language_model(
             inputs_embeds=embeds_NH[share].unsqueeze(0),
-            position_ids=layout.position_N[share].unsqueeze(0),
+            position_ids=layout.position_N[share].unsqueeze(0) + first_position,
             attention_mask={"full_attention": layout}, use_cache=False,
         ).last_hidden_state[0]  # fmt: skip
         if self.sequence_group is None:
@@ -160,8 +165,9 @@ class Policy(nn.Module):
         return out[0], out[1]
 
     def dense_logprobs(
-        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        self, groups: Sequence[GroupTensors], embeds_NH: Tensor, temperature: float,
+        first_position: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `packed_logprobs`: one row a completion, prompt included, one row after the other."""
         hidden = []
         start = 0
@@ -172,9 +178,11 @@ class Policy(nn.Module):
             for length in group.lengths:
                 row_NH = torch.cat([prompt_PH, embeds_NH[start : start + length - 1]])
                 start += length - 1
+                positions = torch.arange(len(row_NH), device=row_NH.device) + first_position
                 output = self.core.model.language_model(
-                    inputs_embeds=row_NH.unsqueeze(0), use_cache=False
-                )
+                    inputs_embeds=row_NH.unsqueeze(0), position_ids=positions.unsqueeze(0),
+                    use_cache=False,
+                )  # fmt: skip
                 hidden.append(output.last_hidden_state[0, num_prompt - 1 :])
         targets_M = torch.cat([group.completion_ids_GT[group.mask_GT] for group in groups])
         return self.core.lm_head(torch.cat(hidden), targets_M, temperature)
@@ -201,11 +209,31 @@ class Policy(nn.Module):
                 input_ids=prompts,
             ).pooler_output  # fmt: skip
 
+    def _idle_audio(self) -> Tensor | float:
+        """0, from one call of what trains: other ranks may have audio and wait for this one."""
+        tower, projector = self.core.model.audio_tower, self.core.model.multi_modal_projector
+        audio_config = self.core.config.audio_config
+        weight = projector.linear_1.weight
+        if not any(p.requires_grad for part in (tower, projector) for p in part.parameters()):
+            return 0.0
+        encoded = torch.zeros(1, audio_config.hidden_size, device=self._device, dtype=weight.dtype)
+        if any(p.requires_grad for p in tower.parameters()):
+            frames = 2 * audio_config.max_source_positions
+            shape = (1, audio_config.num_mel_bins, frames)
+            encoded = tower(
+                torch.zeros(shape, device=self._device, dtype=weight.dtype),
+                input_features_mask=torch.ones(1, frames, device=self._device, dtype=torch.long),
+                return_dict=True,
+            ).last_hidden_state
+        with _grad_if_trains(tower, projector):
+            return 0.0 * projector(encoded).sum()
+
     @property
     def _device(self) -> torch.device:
         return self.core.lm_head.weight.device
 
-    def _saved_on_host(self) -> AbstractContextManager[Any]:
+    def saved_on_host(self) -> AbstractContextManager[Any]:
+        """Inside, tensors kept for the backward pass go to host memory, if that was asked for."""
         if not (self.activation_offload and torch.is_grad_enabled()):
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
@@ -216,7 +244,7 @@ def _grad_if_trains(*parts: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if trains else torch.no_grad()
 
 
-def _forwarded_ids(group: GroupTensors) -> list[Tensor]:
+def forwarded_ids(group: GroupTensors) -> list[Tensor]:
     """Prompt, then every completion without its last token."""
     rows = [
         ids[: length - 1]

@@ -54,9 +54,9 @@ class LongContextCPUAttention(CPUAttentionBackendImpl):
             output[rows] = out_GHD.view_as(output[rows])
         for i in single:
             keys_KTD, values_KTD = _cached(kv_cache, table[i], lengths[i])
-            rows = slice(starts[i], starts[i + 1])
-            out_THD = _attend(query[rows], keys_KTD, values_KTD, self.scale)
-            output[rows] = out_THD.view_as(output[rows])
+            own = slice(starts[i], starts[i + 1])
+            out_THD = _attend(query[own], keys_KTD, values_KTD, self.scale)
+            output[own] = out_THD.view_as(output[own])
         return output
 
     def _is_long(self, layer: Any, query: Tensor, metadata: Any) -> bool:

@@ -25,6 +25,7 @@ from posttrain.model.load import load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
 from posttrain.model.policy import GroupTensors, Policy, freeze_audio
 from posttrain.model.prefix_check import (
+    COMPLETIONS,
     GRADIENT_TOLERANCES,
     LOGPROB_TOLERANCES,
     compare_with_dense,
@@ -212,13 +213,14 @@ class LearnerRank:
             return {}
         self._verified = True
         config, dtype = self.recipe.shared_prefix, self.recipe.model.dtype
-        completions = torch.tensor(len(group.lengths), device=self.device)
+        completions = torch.tensor(min(len(group.lengths), COMPLETIONS), device=self.device)
         dist.all_reduce(completions, op=dist.ReduceOp.MIN)
         found = compare_with_dense(
             self.policy, group, temperature=self.recipe.sampling.temperature,
             prompt_tokens=config.verify_tokens, completions=int(completions),
         )  # fmt: skip
         worst = torch.tensor([found.logprob, found.gradient], device=self.device)
+        worst = worst.nan_to_num(nan=math.inf)  # a maximum over ranks may lose a NaN
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         logprob, gradient = worst.tolist()
         limits = (

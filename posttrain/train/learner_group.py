@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoConfig
 
 from posttrain.model.flops import attended_pairs, forward_flops
+from posttrain.model.sequence_parallel import check_heads
 from posttrain.rollout.rendezvous import meeting_point
 from posttrain.schema import Recipe
 from posttrain.train.learner import LearnerRank, ScoredGroup
@@ -21,6 +22,7 @@ from posttrain.train.micro_batches import MicroBatch, Planner, balance
 def planner(recipe: Recipe) -> Planner:
     """Parts weighed by the operations that the recipe's language model needs for them."""
     config: Any = AutoConfig.from_pretrained(recipe.model.path, trust_remote_code=False)
+    check_heads(config.text_config.num_attention_heads, recipe.learner.sequence_parallel_size)
 
     def cost(num_prompt: int, lengths: Sequence[int]) -> float:
         tokens = num_prompt + sum(lengths)
@@ -38,7 +40,10 @@ class LearnerGroup:
         self.ranks_a_sequence = recipe.learner.sequence_parallel_size
         self.planner = planner(recipe)
         bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
-        self._placement = placement_group([bundle] * self.num_ranks, strategy="PACK")
+        # the ranks of a sequence trade tokens in every layer: one bundle, so one machine
+        together = {name: count * self.ranks_a_sequence for name, count in bundle.items()}
+        num_sequences = self.num_ranks // self.ranks_a_sequence
+        self._placement = placement_group([together] * num_sequences, strategy="PACK")
         ray.get(self._placement.ready(), timeout=300)
         actor = ray.remote(rank_class)
         threads = recipe.learner.threads_per_process
@@ -57,7 +62,9 @@ class LearnerGroup:
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             runtime_env={"env_vars": env},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._placement, index // self.ranks_a_sequence
+            ),
         )
 
     def build(self, resume_dir: str | None = None) -> dict[str, int]:

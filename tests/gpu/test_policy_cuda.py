@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from posttrain.model.flex_prefix import flex_prefix_attention
+from posttrain.model.flex_prefix import bucket, flex_prefix_attention
 from posttrain.model.load import load_model
 from posttrain.model.policy import GroupTensors, Policy
 from posttrain.model.shared_prefix import packed_layout, sdpa_prefix_attention
@@ -35,10 +35,11 @@ def test_logprobs_on_cuda_equal_those_on_cpu(nano: str, shared_prefix: bool) -> 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flex_attention_equals_sdpa_with_gradients(kv_heads: int) -> None:
-    """Two batches of different lengths: the second must not be read with the first one's mask."""
-    for prompts, completions in (([1_500, 70], [[40, 1, 90], [33, 60]]), ([300], [[129] * 8])):
+    """Two batches of one bucket: the second must not be read with the first one's mask."""
+    for prompts, completions in (([1_500, 70], [[40, 1, 90], [33, 60]]), ([1_490], [[60] * 5])):
         generator = torch.Generator().manual_seed(0)
         layout = packed_layout(prompts, completions, torch.device("cuda"))
+        assert bucket(layout.num_tokens) == 1_792
         query, key, value = (
             torch.randn(1, heads, layout.num_tokens, 64, generator=generator)
             .cuda().requires_grad_()

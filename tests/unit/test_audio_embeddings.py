@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from posttrain.config import load_recipe
 from posttrain.data.audio import load_audio, write_audio
 from posttrain.data.chat import encode, expanded_prompt
+from posttrain.model import audio_embeddings
 from posttrain.model.audio_embeddings import (
     AudioEmbeddings,
     AudioStoreSettings,
@@ -117,6 +119,9 @@ def test_least_recently_used_goes_first_and_open_tensors_stay(tmp_path: Path) ->
     kept = sorted(path.stem for path in tmp_path.glob("*.safetensors"))
     assert kept == ["a", "c", "d"]
     assert float(tensors["b"].sum()) == 1_000, "mapped memory outlives the name"
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path / "c.safetensors") in maps.read_text(), "not read into memory"
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,3 +136,40 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_literal_placeholder_in_the_text_is_refused(nano: str) -> None:
     with pytest.raises(ValueError, match="2 audio placeholders"):
         expanded_prompt(load_processor(nano), [{"role": "user", "content": "a <sound> b"}], 5)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"some")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(audio_embeddings, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*set audio_embeddings.dir"):
+        TensorStore(tmp_path, 2**20).get_or_make("a", lambda: torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["locks"]
+
+
+def test_files_of_killed_writers_are_removed_after_an_hour(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path, 2**20)
+    old, young = tmp_path / ".a.1.partial", tmp_path / ".b.2.partial"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    store.get_or_make("c", lambda: torch.ones(3))
+    assert not old.exists() and young.exists()
+
+
+def test_a_stored_clip_is_refused_where_it_is_too_long(
+    nano: str, noise_clip: str, tmp_path: Path
+) -> None:
+    def store(limit_s: float | None) -> AudioEmbeddings:
+        kind = StoredAudio.EMBEDDINGS
+        return AudioEmbeddings(
+            AudioStoreSettings(nano, kind, "float32", str(tmp_path), 1.0, limit_s), "cpu"
+        )
+
+    store(None)(noise_clip)
+    with pytest.raises(ValueError, match=r"2.5 s is longer than max_audio_len 2 s"):
+        store(2.0)(noise_clip)

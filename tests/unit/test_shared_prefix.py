@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from posttrain.data.chat import encode
+from posttrain.model import shared_prefix
 from posttrain.model.flex_prefix import bucket, flex_prefix_attention, prefix_block_mask
 from posttrain.model.load import load_model, load_processor
 from posttrain.model.lora import add_lora
 from posttrain.model.policy import GroupTensors, Policy
+from posttrain.model.prefix_check import (
+    GRADIENT_TOLERANCES,
+    LOGPROB_TOLERANCES,
+    compare_with_dense,
+)
 from posttrain.model.shared_prefix import PackedLayout, packed_layout, sdpa_prefix_attention
 
 QUESTION = [{"role": "user", "content": "When is seven heard?"}]
@@ -63,12 +69,12 @@ def relative_difference(one: dict, other: dict) -> float:
     return float(max(norms))
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
 def test_logprobs_equal_plain_transformers(
-    nano: str, groups: list[GroupTensors], shared_prefix: bool
+    nano: str, groups: list[GroupTensors], packed: bool
 ) -> None:
     plain = load_model(nano)
-    policy = Policy(load_model(nano), shared_prefix=shared_prefix)
+    policy = Policy(load_model(nano), shared_prefix=packed)
     with torch.no_grad():
         outputs = policy(groups, temperature=0.7)
         for inputs, (logprobs, entropy) in zip(groups, outputs, strict=True):
@@ -95,7 +101,7 @@ def test_gradients_equal_the_dense_path(
     nano: str, groups: list[GroupTensors], variant: str
 ) -> None:
     results = []
-    for shared_prefix in (True, False):
+    for packed in (True, False):
         model = load_model(nano)
         model.model.audio_tower.requires_grad_(variant == "encoder")
         if variant in ("checkpointing", "offload"):
@@ -107,15 +113,76 @@ def test_gradients_equal_the_dense_path(
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.1)
         policy = Policy(
-            model, shared_prefix=shared_prefix, activation_offload=variant == "offload"
+            model, shared_prefix=packed, activation_offload=variant == "offload"
         ).train()
         results.append(gradients(policy, groups))
-    (packed, packed_gradients), (dense, dense_gradients) = results
-    for (one, _), (other, _) in zip(packed, dense, strict=True):
+    (shared, packed_gradients), (dense, dense_gradients) = results
+    for (one, _), (other, _) in zip(shared, dense, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert any("audio_tower" in n for n in packed_gradients) == (variant == "encoder")
     assert any("lora_A" in n for n in packed_gradients) == (variant == "lora")
     assert relative_difference(packed_gradients, dense_gradients) <= 1e-4
+
+
+@pytest.mark.parametrize("trains", ["projector", "encoder", "nothing"])
+def test_parts_that_train_are_called_without_audio_too(
+    nano: str, groups: list[GroupTensors], trains: str
+) -> None:
+    """Under ZeRO a rank whose micro-batch has no clip must keep the others company."""
+    model = load_model(nano)
+    core = model.model
+    core.audio_tower.requires_grad_(trains == "encoder")
+    core.multi_modal_projector.requires_grad_(trains != "nothing")
+    silent = [groups[1]]
+    expected, _ = gradients(Policy(load_model(nano)), silent)
+    outputs, named = gradients(Policy(model), silent)
+    torch.testing.assert_close(outputs[0][0], expected[0][0], atol=0, rtol=0)
+    called = {name.split(".")[2] for name in named if "audio_tower" in name or "projector" in name}
+    everything = {"audio_tower", "multi_modal_projector"}
+    wanted = {"projector": {"multi_modal_projector"}, "encoder": everything, "nothing": set()}
+    assert called == wanted[trains]
+    assert all(float(g.abs().max()) == 0 for n, g in named.items() if "projector" in n)
+
+
+def test_the_check_keeps_checkpointing_and_offload(
+    nano: str, groups: list[GroupTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is a training step's: layers are computed twice, and only their inputs kept."""
+    model = load_model(nano)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, activation_offload=True).train()
+    calls = []
+    layer = model.model.language_model.layers[1].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    offloaded = []
+    save_on_cpu = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(
+        torch.autograd.graph, "save_on_cpu", lambda **o: offloaded.append(1) or save_on_cpu(**o)
+    )
+    found = compare_with_dense(policy, groups[0], temperature=1.0, prompt_tokens=200, completions=2)
+    assert (found.prompt_tokens, found.completions) == (200, 2)
+    assert found.logprob <= 1e-4 and found.gradient <= 1e-4
+    assert len(calls) == 2 * 3, "one packed and two dense rows, each again in its backward pass"
+    assert offloaded and policy.training
+    assert policy.core.model.language_model.layers[0].training
+
+
+def test_the_check_sees_a_leak(
+    nano: str, groups: list[GroupTensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain causal attention over the packed sequence, as other integrations fall back to."""
+
+    def plain_causal(query, key, value, layout, scaling):  # type: ignore[no-untyped-def]
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+
+    monkeypatch.setattr(shared_prefix, "sdpa_prefix_attention", plain_causal)
+    found = compare_with_dense(
+        Policy(load_model(nano)), groups[0], temperature=1.0, prompt_tokens=200, completions=3
+    )
+    assert found.logprob > max(LOGPROB_TOLERANCES.values())
+    assert found.gradient > max(GRADIENT_TOLERANCES.values())
 
 
 def test_a_completion_sees_neither_siblings_nor_other_groups(
@@ -150,8 +217,8 @@ def test_a_sampled_sound_token_stays_a_token(nano: str, processor: object) -> No
     inputs = group(processor, 5.0, (6,))
     inputs.completion_ids_GT[0, 2] = load_model(nano).config.audio_token_id
     outputs = []
-    for shared_prefix in (True, False):
-        policy = Policy(load_model(nano), shared_prefix=shared_prefix)
+    for packed in (True, False):
+        policy = Policy(load_model(nano), shared_prefix=packed)
         with torch.no_grad():
             outputs.append(policy([inputs], temperature=1.0))
     torch.testing.assert_close(outputs[0][0][0], outputs[1][0][0], atol=1e-5, rtol=1e-5)

@@ -34,7 +34,7 @@ from transformers import MusicFlamingoConfig, MusicFlamingoForConditionalGenerat
 from posttrain.algorithm.losses import policy_loss
 from posttrain.model.flops import attended_pairs, forward_flops
 from posttrain.model.lora import add_lora
-from posttrain.model.policy import GroupTensors, Policy, freeze_audio
+from posttrain.model.policy import GroupTensors, Policy, freeze_audio, group_logprobs
 
 CONFIG = Path(__file__).parent / "af_next_config.json"
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -177,7 +177,7 @@ def step(policy: Policy, groups: list[GroupTensors]) -> torch.Tensor:
     denominator = float(sum(group.mask_GT.numel() for group in groups))
     outputs = []
     for group in groups:
-        ((logprobs_GT, _),) = policy([group], temperature=1.0)
+        ((logprobs_GT, _),) = group_logprobs(policy, [group], temperature=1.0)
         advantages = torch.ones(len(logprobs_GT), device=logprobs_GT.device)
         loss, _ = policy_loss(
             logprobs_GT, logprobs_GT.detach(), advantages, group.mask_GT, denominator=denominator

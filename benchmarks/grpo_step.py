@@ -173,12 +173,13 @@ class Work:
         import torch
 
         from posttrain.algorithm.losses import policy_loss
+        from posttrain.model.policy import group_logprobs
 
         self.policy.zero_grad(set_to_none=True)
         denominator = float(sum(group.mask_GT.numel() for group in self.groups))
         logprobs = []
         for part, group in zip(self.parts, self.groups, strict=True):
-            ((logprobs_GT, _),) = self.policy([group], temperature=TEMPERATURE)
+            ((logprobs_GT, _),) = group_logprobs(self.policy, [group], temperature=TEMPERATURE)
             loss, _ = policy_loss(
                 logprobs_GT, logprobs_GT.detach(), self.advantages_G[part], group.mask_GT,
                 denominator=denominator,

@@ -35,6 +35,7 @@ from posttrain.types import Task
 
 TEST_PERCENT = 30
 THINK_PROMPT = "Reason step by step with timestamps, then give the final answer."
+TRANSCRIBE_PROMPT = "Transcribe the input speech."
 DENSE_PROMPT = "Describe all events in the audio with start and end times."
 
 
@@ -212,7 +213,13 @@ def ask_dense(rng: random.Random, events: Sequence[Event], labels: Sequence[str]
     return Question(Task.DENSE, DENSE_PROMPT, describe(events))
 
 
+def ask_transcript(rng: random.Random, events: Sequence[Event], labels: Sequence[str]) -> Question:
+    """What is said, in order of onset; for timelines without overlaps and tones."""
+    return Question(Task.TRANSCRIPT, TRANSCRIBE_PROMPT, " ".join(e.label for e in events))
+
+
 QUESTIONS = {
+    "transcript": ask_transcript,
     "grounding": ask_grounding,
     "count": ask_count,
     "order": ask_order,
@@ -231,7 +238,9 @@ def ask(
 
 def full_prompt(question: Question) -> str:
     """The user's text: thinking tasks carry the model family's reasoning instruction."""
-    return question.text if question.task is Task.DENSE else f"{question.text} {THINK_PROMPT}"
+    if question.task in (Task.DENSE, Task.TRANSCRIPT):
+        return question.text
+    return f"{question.text} {THINK_PROMPT}"
 
 
 def split_of(seed: int, index: int) -> str:
@@ -251,7 +260,7 @@ def composition_indices(seed: int, split: str, count: int) -> Iterator[int]:
 
 def make_row(
     sounds: Sequence[Sound], spec: TimelineSpec, *, seed: int, split: str, index: int,
-    out_dir: Path, provenance: str,
+    out_dir: Path, provenance: str, language: str = "en",
 ) -> Row:  # fmt: skip
     """Composition `index` as a row with its FLAC written below `out_dir`."""
     rng = random.Random(f"posttrain/timeline/{seed}/{split}/{index}")
@@ -268,7 +277,7 @@ def make_row(
         query=question.query,
         answer=question.answer,
         task=question.task,
-        language="en",
+        language=language,
         source=f"timelines of recorded prompts ({provenance})",
         licence=LICENCE,
         split=split,
@@ -297,7 +306,7 @@ def write_timelines(
         )
         rows = [
             make_row(sounds, spec, seed=seed, split=split, index=index, out_dir=out_dir,
-                     provenance=recordings.provenance)
+                     provenance=recordings.provenance, language=recordings.language)
             for index in indices
         ]  # fmt: skip
         paths[split] = out_dir / f"{split}.jsonl"

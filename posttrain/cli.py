@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.types import GateFailed
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
@@ -24,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except GateFailed as error:
+        print(f"gate: {error}", file=sys.stderr)
+        return 3
     except RuntimeError as error:
         logging.getLogger("posttrain").debug("traceback", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
@@ -59,9 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, default=Path("checkpoints/af-next-nano"))
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(command=_nano_build)
+    teacher = nano_commands.add_parser("teacher", help="train it for longer, as a teacher")
+    teacher.add_argument("--base", type=Path, default=Path("checkpoints/af-next-nano"))
+    teacher.add_argument("--out", type=Path, required=True)
+    teacher.add_argument("--steps", type=int, default=400)
+    teacher.add_argument("--seed", type=int, default=0)
+    teacher.set_defaults(command=_nano_teacher)
     card = nano_commands.add_parser("card", help="score a nano checkpoint and write its card")
     card.add_argument("checkpoint", type=Path)
     card.set_defaults(command=_nano_card)
+
+    _add_data_commands(commands)
 
     score = commands.add_parser("score", help="score a model's outputs offline")
     score.add_argument("--reward", required=True, metavar="NAME[,NAME...]",
@@ -87,6 +100,64 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="look at rows, check them, select from them")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    for name, help_, command in (
+        ("check", "validate a file of rows: audio, durations, events, duplicates", _data_check),
+        ("stats", "hours, languages, tasks, lengths", _data_stats),
+    ):
+        action = actions.add_parser(name, help=help_)
+        action.add_argument("rows", type=Path)
+        action.add_argument("--json", action="store_true", help="print one JSON object")
+        action.set_defaults(command=command)
+    select = actions.add_parser("select", help="keep rows that a model gets right sometimes")
+    select.add_argument("rows", type=Path)
+    select.add_argument("--model", required=True, help="checkpoint to ask: a folder or a Hub id")
+    select.add_argument("--pass-rate", default="0.375..0.75", metavar="LOW..HIGH",
+                        help="share of samples that must be right")  # fmt: skip
+    select.add_argument("--out", type=Path, required=True, metavar="KEPT.jsonl")
+    select.add_argument("--samples", type=int, default=8)
+    select.add_argument("--blind-share", type=float, default=0.5,
+                        help="drop rows where more answers to silence are right")  # fmt: skip
+    select.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="of a recipe, such as rollout.num_workers=4")  # fmt: skip
+    select.set_defaults(command=_data_select)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from posttrain.inspect_rows import check_rows, print_findings
+
+    findings = check_rows(args.rows)
+    if args.json:
+        print(json.dumps(findings.to_json(), ensure_ascii=False))
+        return 1 if findings.problems else 0
+    return print_findings(args.rows, findings)
+
+
+def _data_stats(args: argparse.Namespace) -> None:
+    from posttrain.data.rows import read_rows
+    from posttrain.inspect_rows import row_statistics, statistics_lines
+
+    facts = row_statistics(read_rows(args.rows))
+    lines = [json.dumps(facts, ensure_ascii=False)] if args.json else statistics_lines(facts)
+    print("\n".join(lines))
+
+
+def _data_select(args: argparse.Namespace) -> None:
+    from posttrain.config import engine_recipe
+    from posttrain.select_rows import pass_rate_range, select_rows
+
+    limits = pass_rate_range(args.pass_rate)
+    recipe = engine_recipe(args.model, args.overrides)
+    counts = select_rows(
+        args.rows, args.out, recipe, limits, samples=args.samples, blind_share=args.blind_share
+    )
+    print(f"{counts['kept']} of {counts['rows']} rows -> {args.out}")
+    for reason, count in counts["left_out"].items():
+        print(f"  {count} left out: {reason}")
+
+
 def _check(args: argparse.Namespace) -> None:
     from posttrain.config import load_recipe, to_yaml
 
@@ -95,15 +166,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from posttrain.config import load_recipe
+    from posttrain.train.kinds import run_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    if recipe.kind == "reward":
-        from posttrain.train.reward_grounding import train_reward as train
-    else:
-        from posttrain.train.grpo import train
-
-    folder = train(recipe)
-    print(f"run folder: {folder}")
+    print(f"run folder: {run_recipe(load_recipe(args.recipe, args.overrides))}")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -124,6 +189,13 @@ def _nano_build(args: argparse.Namespace) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     build_nano(args.out, PretrainSettings(seed=args.seed), args.out / "pretraining.jsonl")
+    print(args.out)
+
+
+def _nano_teacher(args: argparse.Namespace) -> None:
+    from posttrain.train.nano_pretrain import train_teacher
+
+    train_teacher(args.base, args.out, args.steps, args.seed)
     print(args.out)
 
 

@@ -17,7 +17,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from posttrain.schema import Recipe, validate
+from posttrain.recipe_rules import validate
+from posttrain.schema import Recipe
 from reward_models.names import REWARD_NAMES
 
 SECRET_VALUE = re.compile(r"^(hf_|sk-|wandb_)[A-Za-z0-9]{8,}")
@@ -51,6 +52,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         validate(recipe, REWARD_NAMES)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return recipe
+
+
+def engine_recipe(model: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Defaults for commands that only ask a model: its path, and overrides.
+
+    Raises:
+        ValueError: one line that names the override, the key and the fix.
+    """
+    changes = _parse_overrides(overrides)
+    _refuse_unknown(OmegaConf.to_container(changes), Recipe, "override")
+    try:
+        base = OmegaConf.merge(OmegaConf.structured(Recipe), {"model": {"path": model}}, changes)
+        recipe = OmegaConf.to_object(base)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"override: {str(error).splitlines()[0]}") from error
+    assert isinstance(recipe, Recipe)
     return recipe
 
 

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     moved = move_aside(Path(recipe.output_dir) / RUN_NAME)
     if moved:
         print(f"an older run was moved to {moved}")
-    from posttrain.train.grpo import train
+    from posttrain.train.kinds import run_recipe
 
-    folder = train(recipe)
+    folder = run_recipe(recipe)
     print(f"run folder: {folder}   (metrics: tensorboard --logdir {folder}/tensorboard)")
 
 

@@ -3,7 +3,7 @@
 Hyper-parameters are named and mean what they do in TRL's GRPOConfig; units stand in the names.
 One differs: `scoring.truncated` stands for `mask_truncated_completions`; a dropped completion has
 no reward at all, so it leaves its group's mean too (in TRL it only leaves the loss).
-`validate` holds the rules that tie fields together: they raise and never rewrite.
+`recipe_rules` holds what ties fields together.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
-IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-REPORTERS = ("tensorboard", "wandb", "trackio")
-LATER_KINDS = ("sft", "distill", "on_policy_distill", "dpo", "ladder")
-KINDS = ("grpo", "reward")
 
 
 @dataclass
@@ -92,6 +87,12 @@ class DataConfig:
     held_out: dict[str, DataSource] = field(default_factory=dict)
     reported: dict[str, DataSource] = field(default_factory=dict)
     """Evaluated beside held_out and gating nothing, such as source clips never heard."""
+    replay: dict[str, DataSource] = field(default_factory=dict)
+    """Rows of what the model must not forget, mixed into training (sft)."""
+    replay_ratio: float = 0.0
+    """Share of the training rows that are replayed, 0 to below 1."""
+    held_out_pairs: dict[str, DataSource] = field(default_factory=dict)
+    """Preference pairs whose ranking `kind: dpo` reports before, during and after training."""
     shuffle: bool = True
 
 
@@ -162,6 +163,82 @@ class AlgorithmConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """On-policy distillation: a frozen checkpoint whose log-probabilities of the student's own
+    rollouts become advantages a token."""
+
+    path: str | None = None
+    """A folder or Hub id of the same tokenizer; None: no teacher."""
+    kl_coef: float = 1.0
+    """Weight of the per-token reverse KL beside the advantage of the rewards."""
+
+
+@dataclass
+class ChainsConfig:
+    """Offline distillation: how chains are asked of a teacher, and which are kept."""
+
+    teacher: str | None = None
+    """An AF-Next checkpoint that listens on the rollout workers; None: the model itself."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server whose text model reads the annotations instead."""
+    endpoint_model: str | None = None
+    temperature: float = 1.0
+    max_tokens: int = 1024
+    num_chains: int = 8
+    min_answer: float = 0.5
+    """Lowest score of the answer, 0 to 1: IoU for times, 1 - error rate for text."""
+    min_true: float = 0.75
+    """Lowest share of cited times that must be true."""
+    max_words: int = 1_000
+    max_repetition: float = 0.5
+    """Highest share of 4-grams said before."""
+    blind_samples: int = 4
+    """Answers a row without audio; 0 leaves that check out."""
+    blind_share: float = 0.5
+    """Rows are dropped where so many of those are right."""
+    chunk_rows: int = 32
+    """Rows that are asked, and written, together."""
+
+
+@dataclass
+class StageConfig:
+    """One step of a ladder: a recipe that starts from where the one before ended."""
+
+    recipe: str = ""
+    """A recipe file, relative to the working directory."""
+    overrides: list[str] = field(default_factory=list)
+    """`key=value` strings, as on the command line."""
+
+
+@dataclass
+class GateConfig:
+    """What an evaluated source must show after training, or the run fails with exit code 3."""
+
+    source: str = ""
+    """A name of data.held_out or data.reported."""
+    metric: str = ""
+    """Such as cer, miou, chrf, refusal, over_refusal."""
+    min_relative_gain: float | None = None
+    """By how much the metric must get better, as a share of its value before."""
+    max_relative_loss: float | None = None
+    """By how much it may get worse, as a share of its value before."""
+    max_loss: float | None = None
+    """By how much it may get worse, in its own unit."""
+    worst: float | None = None
+    """Value after training that it must reach: at most for errors, at least for scores."""
+
+
+@dataclass
+class DpoConfig:
+    """The preference loss, as TRL's DPOConfig names it."""
+
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    sft_weight: float = 0.0
+    """Of the chosen answers' mean negative log-likelihood; keeps them likely."""
+
+
+@dataclass
 class TrainingConfig:
     """Optimisation, schedule and safety."""
 
@@ -169,6 +246,11 @@ class TrainingConfig:
     prompts_per_step: int = 32
     """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes over
     learner.sequence_parallel_size."""
+    per_device_train_batch_size: int = 1
+    """sft and dpo: clips (or pairs) that a rank forwards at once; the rest of prompts_per_step is
+    gradient accumulation."""
+    rows_per_clip: int = 16
+    """sft: rows about one clip that are packed behind one copy of it."""
     micro_batch_tokens: int | None = None
     """Tokens that a rank forwards at once; small groups are packed together, larger ones split
     into parts that each carry the prompt once. None: one group at a time."""
@@ -274,160 +356,13 @@ class Recipe:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    chains: ChainsConfig = field(default_factory=ChainsConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    gates: dict[str, GateConfig] = field(default_factory=dict)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-
-
-# fmt: off
-def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
-    """Rules over several fields.
-
-    Raises:
-        ValueError: the key, its value and the fix.
-    """
-    r = recipe
-    _within_limits(recipe)
-    if r.kind in LATER_KINDS:
-        raise ValueError(
-            f"kind={r.kind}: not in this version yet; kinds that run: {', '.join(KINDS)}"
-        )
-    _one_of("kind", r.kind, KINDS)
-    _one_of("resume", r.resume, ("auto", "never"))
-    _one_of("model.dtype", r.model.dtype, ("bfloat16", "float32"))
-    _one_of("learner.device", r.learner.device, ("auto", "cuda", "cpu"))
-    for reporter in r.report_to:
-        _one_of("report_to", reporter, REPORTERS)
-    _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
-    _rule(r.data.train, "data.train={}", "name at least one source with a path")
-    for name in sorted(r.data.held_out.keys() & r.data.reported.keys()):
-        raise ValueError(f"data.reported.{name}: data.held_out has this name too; rename one")
-    if r.kind == "grpo":
-        _validate_rewards(recipe, known_rewards)
-        _validate_grpo(recipe)
-
-
-def _validate_rewards(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
-    r, a = recipe, recipe.algorithm
-    _rule(r.rewards, "rewards={}", "name at least one reward, such as timestamp_grounding")
-    for name, term in r.rewards.items():
-        _rule(name in known_rewards or term.path, f"rewards.{name}: unknown reward",
-              f"known: {', '.join(known_rewards)}; for your own give rewards.{name}.path")
-        _rule(term.gate is None or (term.gate in r.rewards and term.gate != name),
-              f"rewards.{name}.gate={term.gate}", "must name another reward of the recipe")
-    _one_of("scoring.truncated", r.scoring.truncated, ("drop", "0", "score"))
-    _one_of("scoring.errored", r.scoring.errored, ("drop", "stop"))
-    _one_of("algorithm.multi_objective_aggregation", a.multi_objective_aggregation,
-            ("sum_then_normalize", "normalize_then_sum"))
-    if "format" in r.rewards:
-        weight = r.rewards["format"].weight
-        _rule(weight <= 0.2, f"rewards.format.weight={weight}", "at most 0.2, or form is all")
-
-
-def _validate_grpo(recipe: Recipe) -> None:
-    r, s, a, t = recipe, recipe.sampling, recipe.algorithm, recipe.training
-    _one_of("algorithm.loss_type", a.loss_type, LOSS_TYPES)
-    _one_of("algorithm.importance_sampling_level", a.importance_sampling_level,
-            ("token", "sequence"))
-    _one_of("algorithm.scale_rewards", a.scale_rewards, ("group", "batch", "none"))
-    _one_of("algorithm.vllm_importance_sampling_mode", a.vllm_importance_sampling_mode, IS_MODES)
-    _one_of("rollout.engine", r.rollout.engine, ("vllm", "transformers"))
-    _one_of("rollout.weight_sync", r.rollout.weight_sync, ("auto", "full", "adapter"))
-    _one_of("rollout.device", r.rollout.device, ("auto", "cuda", "cpu"))
-    _one_of("training.lr_scheduler_type", t.lr_scheduler_type, ("cosine", "linear", "constant"))
-    _rule(s.num_generations >= 2, f"sampling.num_generations={s.num_generations}",
-          "at least 2: the advantage is relative to the group")
-    _rule(s.temperature > 0, f"sampling.temperature={s.temperature}",
-          "above 0: greedy completions of a group are all equal")
-    for key in ("top_p", "repetition_penalty"):
-        value = getattr(s, key)
-        _rule(value == 1.0, f"sampling.{key}={value}",
-              "must be 1.0: otherwise log-probabilities are not those of the sampled policy")
-    _one_of("learner.zero_stage", r.learner.zero_stage, (2, 3))
-    degree = r.learner.sequence_parallel_size
-    _rule(r.learner.num_processes % degree == 0,
-          f"learner.num_processes={r.learner.num_processes} with "
-          f"learner.sequence_parallel_size={degree}", "make it a multiple: ranks share a sequence")
-    _rule(r.model.gradient_checkpointing or not r.model.activation_offload,
-          "model.activation_offload=true with model.gradient_checkpointing=false",
-          "switch gradient_checkpointing on: without it the weights would be copied as well")
-    _rule(degree == 1 or r.shared_prefix.enabled,
-          f"learner.sequence_parallel_size={degree} with shared_prefix.enabled=false",
-          "only the packed sequence is shared out")
-    _rule(t.prompts_per_step % (r.learner.num_processes // degree) == 0,
-          f"training.prompts_per_step={t.prompts_per_step} with {r.learner.num_processes} "
-          f"learner processes, {degree} a sequence", "make it a multiple of the sequences at once")
-    _one_of("shared_prefix.verify", r.shared_prefix.verify, ("first_step", "never"))
-    _rule(r.rollout.num_workers >= 1, f"rollout.num_workers={r.rollout.num_workers}", "at least 1")
-    _rule(not (r.rollout.weight_sync == "adapter" and not r.lora.enabled),
-          "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")
-    _rule(not (r.rollout.weight_sync == "full" and r.lora.enabled),
-          "rollout.weight_sync=full with lora.enabled=true", "only the adapter changes: use auto")
-    _rule(not (r.lora.enabled and (r.model.train_encoder or r.model.train_projector)),
-          "lora.enabled=true with model.train_encoder or train_projector",
-          "the adapter alone is sent to the engines: train one or the other")
-    _rule(1 <= r.lora.r <= 512, f"lora.r={r.lora.r}", "from 1 to 512")
-    truncates = a.vllm_importance_sampling_mode.endswith("truncate")
-    bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max
-    _rule(not (a.vllm_importance_sampling_correction and truncates and not bounded),
-          "algorithm.vllm_importance_sampling_clip_max=null with a truncate mode", "set a bound")
-    _rule(a.loss_type != "cispo" or (a.epsilon_high or 0) >= 1,
-          f"algorithm.epsilon_high={a.epsilon_high} with loss_type=cispo",
-          "it bounds the ratio itself: 1 or more, such as 5.0")
-    _rule(not (a.delta is not None and a.loss_type == "cispo"),
-          f"algorithm.delta={a.delta} with loss_type=cispo", "cispo clips by epsilon_high alone")
-
-# fmt: on
-
-
-LIMITS: tuple[tuple[str, float, float], ...] = (
-    ("sampling.max_completion_length", 1, 1e6),
-    ("algorithm.beta", 0, 1e6),
-    ("algorithm.epsilon", 0, 1),
-    ("algorithm.num_iterations", 1, 1_000),
-    ("training.max_steps", 1, 1e9),
-    ("training.prompts_per_step", 1, 1e6),
-    ("training.micro_batch_tokens", 1, 1e9),
-    ("training.learning_rate", 0, 1),
-    ("training.warmup_ratio", 0, 1),
-    ("training.max_grad_norm", 0, 1e9),
-    ("training.save_steps", 1, 1e9),
-    ("training.eval_steps", 1, 1e9),
-    ("training.save_total_limit", 1, 1e9),
-    ("training.max_skipped_steps", 1, 1e9),
-    ("learner.num_processes", 1, 1e6),
-    ("learner.sequence_parallel_size", 1, 1e6),
-    ("shared_prefix.verify_tokens", 1, 1e9),
-    ("shared_prefix.logprob_tolerance", 0, 1e9),
-    ("shared_prefix.gradient_tolerance", 0, 1e9),
-    ("audio_embeddings.max_gib", 0, 1e9),
-    ("rollout.num_workers", 1, 1e6),
-    ("rollout.tensor_parallel_size", 1, 64),
-    ("rollout.gpu_memory_utilization", 0.05, 1),
-    ("rollout.max_num_seqs", 1, 1e6),
-    ("rollout.timeout_s", 1, 1e9),
-    ("rollout.max_restarts", 0, 1e9),
-    ("scoring.timeout_s", 0.01, 1e9),
-    ("scoring.num_threads", 1, 1_000),
-    ("evaluation.bootstrap_samples", 100, 1e9),
-)
-
-
-def _within_limits(recipe: Recipe) -> None:
-    for key, low, high in LIMITS:
-        section, name = key.split(".")
-        value = getattr(getattr(recipe, section), name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{key}={value}: must be from {low:g} to {high:g}")
-
-
-def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
-
-
-def _rule(holds: object, what: str, fix: str) -> None:
-    if not holds:
-        raise ValueError(f"{what}: {fix}")

@@ -220,6 +220,17 @@ class AnswerScorer(Protocol):
         ...
 
 
+class ChainTeacher(Protocol):
+    """Thinks aloud about rows. Implementations: `posttrain.rollout.chain_teachers`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def chains(self, rows: Sequence[Row], num_chains: int, seed: int) -> list[list[Completion]]:
+        """`num_chains` completions of every row; the same for the same rows and seed."""
+        ...
+
+
 class Engine(Protocol):
     """Samples completions and accepts new weights. Implementations: vLLM, transformers."""
 
@@ -238,6 +249,10 @@ class Engine(Protocol):
     def set_policy_version(self, policy_version: int) -> None:
         """Ends a full weight update: drops every cache that depends on the weights."""
         ...
+
+
+class GateFailed(RuntimeError):
+    """A finished run did not reach what its recipe demands; the message names gate and figures."""
 
 
 class Sink(Protocol):

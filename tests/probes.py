@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 
 from posttrain.config import load_recipe
+from posttrain.data.audio import load_audio
+from posttrain.data.chat import encode
 from posttrain.data.rows import Row
+from posttrain.model.load import load_processor
 from posttrain.model.policy import Policy
 from posttrain.train import grpo
 from posttrain.train.learner import LearnerRank, ScoredGroup
@@ -126,7 +129,7 @@ class ProbeRank(LearnerRank):
 
         before = dict(self.trainable_weights() or {})
         batches = self._prepare(micro_batches)
-        self._verify(batches[0]["tensors"][0])
+        self.verify(batches[0]["tensors"][0])
         self._fixed_logprobs(batches)
         self._set_learning_rate(0)
         self.accumulate(batches)
@@ -142,3 +145,17 @@ def moody(row: Row, completion: Completion, every: int) -> float:
     if len(completion.text) % every == 0:
         raise KeyError("unlucky length")
     return float(len(completion.text) % 3)
+
+
+class PlainAudio:
+    """The part of `AudioInputs` that an objective uses, with log-mel windows."""
+
+    def __init__(self, nano: str) -> None:
+        self.processor = load_processor(nano)
+
+    def fields(self, audio: str | None) -> tuple[dict, int | None]:
+        if audio is None:
+            return {}, None
+        batch = encode(self.processor, ({"role": "user", "content": ""},), load_audio(audio))
+        ids = batch.pop("input_ids")[0]
+        return batch, int((ids == self.processor.audio_token_id).sum())

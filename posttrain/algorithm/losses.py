@@ -23,7 +23,7 @@ from posttrain.algorithm.kl import k3_kl
 def policy_loss(
     logprobs_BT: Tensor,
     old_logprobs_BT: Tensor,
-    advantages_B: Tensor,
+    advantages: Tensor,
     mask_BT: Tensor,
     *,
     denominator: float,
@@ -42,7 +42,7 @@ def policy_loss(
     Args:
         logprobs_BT: (B, T) of the policy, with gradient, natural log, at sampling temperature.
         old_logprobs_BT: (B, T) of the policy that sampled, no gradient.
-        advantages_B: (B,).
+        advantages: (B,) one a sequence, or (B, T) one a token.
         mask_BT: 1 for completion tokens that count.
         denominator: see `loss_denominator`.
         delta: upper bound of the raw ratio before the minimum is taken (two-sided clipping).
@@ -53,19 +53,20 @@ def policy_loss(
         scalar loss, and sums (not means) over masked tokens: "kl", "clipped", "tokens", "ratio".
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    advantages_B1 = advantages_B.unsqueeze(1)
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
     mask = mask_BT.to(logprobs_BT.dtype)
     log_ratio = _log_ratio(logprobs_BT - old_logprobs_BT, mask, importance_sampling_level)
     ratio = torch.exp(log_ratio)
     if loss_type == "cispo":
         clipped = ratio > epsilon_high
-        loss_BT = -torch.clamp(ratio, max=epsilon_high).detach() * advantages_B1 * logprobs_BT
+        loss_BT = -torch.clamp(ratio, max=epsilon_high).detach() * advantages * logprobs_BT
     elif loss_type in ("grpo", "dr_grpo", "dapo", "bnpo"):
         inside = torch.clamp(ratio, 1 - epsilon, 1 + epsilon_high)
         bounded = ratio if delta is None else torch.clamp(ratio, max=delta)
-        loss_BT = -torch.minimum(bounded * advantages_B1, inside * advantages_B1)
-        clipped = ((ratio < 1 - epsilon) & (advantages_B1 < 0)) | (
-            (ratio > 1 + epsilon_high) & (advantages_B1 > 0)
+        loss_BT = -torch.minimum(bounded * advantages, inside * advantages)
+        clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | (
+            (ratio > 1 + epsilon_high) & (advantages > 0)
         )
     else:
         raise ValueError(f"loss_type={loss_type!r}; grpo, dr_grpo, dapo, bnpo or cispo")

@@ -79,14 +79,16 @@ def encode(
 
 
 def expanded_prompt(
-    processor: Any, messages: Sequence[Message], num_audio_tokens: int | None
-) -> torch.Tensor:
+    processor: Any, messages: Sequence[Message], num_audio_tokens: int | None, *,
+    generate: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """(P,) int64: the ids that `encode` gives, from the number of audio tokens alone.
 
     Args:
         num_audio_tokens: of the clip, or None without one.
+        generate: open the assistant's turn at the end.
     """
-    text = render(processor, messages, has_audio=num_audio_tokens is not None)
+    text = render(processor, messages, has_audio=num_audio_tokens is not None, generate=generate)
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
     if num_audio_tokens is not None:
         places = [i for i, token in enumerate(ids) if token == processor.audio_token_id]

@@ -85,11 +85,9 @@ def read_rows(path: str | Path) -> list[Row]:
         ValueError: names file, line and key, the value and the fix.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"rows {path}: no such file; correct data.*.path")
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for line_number, record in _records(path):
+    for line_number, record in read_records(path):
         where = f"{path}:{line_number}"
         row = parse_row(record, where=where, base_dir=path.resolve().parent)
         if row.id in seen:
@@ -101,7 +99,14 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, JSON object) of a JSONL file, or of one JSON list.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not JSON, with file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"rows {path}: no such file; correct data.*.path")
     text = path.read_text(encoding="utf-8")
     try:
         if text.lstrip().startswith("["):

@@ -214,7 +214,9 @@ class AudioEmbeddings:
     @cached_property
     def _encoder(self) -> AudioEncoder:
         dtype = getattr(torch, self.settings.dtype)
-        return AudioEncoder(self.settings.checkpoint, self.device, dtype)
+        # new modules draw random weights: whether a clip was stored must not move the run's dropout
+        with torch.random.fork_rng(devices=[]):
+            return AudioEncoder(self.settings.checkpoint, self.device, dtype)
 
     def _encode(self, path: str) -> Tensor:
         waveform = load_audio(path, max_duration_s=self.limit_s)

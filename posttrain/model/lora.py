@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ def add_lora(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
+
+
+def merge_adapter(base: str, adapter: str | Path, out_dir: Path) -> None:
+    """Writes the base checkpoint with the adapter's weights added in, in float32."""
+    from posttrain.model.load import load_model, load_processor, save_checkpoint
+
+    model: Any = PeftModel.from_pretrained(load_model(base), str(adapter))
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    save_checkpoint(model.merge_and_unload(), load_processor(base), partial)
+    partial.rename(out_dir)
 
 
 def adapter_files(

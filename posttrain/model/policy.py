@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class GroupTensors:
         prompt_ids_P: (P,) int64, audio placeholders expanded.
         completion_ids_GT: (G, T) int64, right-padded with 0.
         mask_GT: bool (G, T), True for real tokens; they come first.
+        scored_GT: bool (G, T), tokens whose log-probabilities are wanted; None: all real ones.
         input_features, input_features_mask: (W, mel_bins, frames) and (W, frames), or None.
         encoded_AC: (A, C) encoder outputs after the rotary time embedding, or None.
         embeds_AH: (A, H) audio embeddings, or None.
@@ -47,6 +48,20 @@ class GroupTensors:
     input_features_mask: Tensor | None = None
     encoded_AC: Tensor | None = None
     embeds_AH: Tensor | None = None
+    scored_GT: Tensor | None = None
+
+    @property
+    def wanted_GT(self) -> Tensor:
+        """bool (G, T): tokens with a log-probability in the policy's output."""
+        return self.mask_GT if self.scored_GT is None else self.scored_GT
+
+    def to(self, device: torch.device) -> GroupTensors:
+        """Ids and masks on `device`; audio stays where it is until it is used."""
+        names = ("prompt_ids_P", "completion_ids_GT", "mask_GT", "scored_GT")
+        moved: dict[str, Any] = {
+            name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
     @property
     def lengths(self) -> list[int]:
@@ -91,18 +106,18 @@ class Policy(nn.Module):
 
     def forward(
         self, groups: Sequence[GroupTensors], *, temperature: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(G, T) log-probabilities (with gradient) and entropies of every group; padding is 0.
+    ) -> tuple[Tensor, Tensor]:
+        """(M,) log-probabilities (with gradient) and entropies of all wanted tokens, in order.
 
-        The number of calls of each submodule does not depend on the groups when packed, so ranks
-        with different micro-batches stay together under ZeRO-3.
+        The number of calls of each submodule does not depend on the groups when packed, nor does
+        the number of tensors that have a gradient: ZeRO-3 keeps a trace of both, and ranks with
+        different micro-batches must have the same. `group_logprobs` gives them back by group.
         """
         ids_N = torch.cat([ids for group in groups for ids in forwarded_ids(group)])
         embeds_NH = self.input_embeddings(groups, ids_N)
         logprobs = self.packed_logprobs if self.shared_prefix else self.dense_logprobs
         with self.saved_on_host():
-            chosen_M, entropy_M = logprobs(groups, embeds_NH, temperature)
-        return _unpack(groups, chosen_M, entropy_M)
+            return logprobs(groups, embeds_NH, temperature)
 
     def input_embeddings(self, groups: Sequence[GroupTensors], ids_N: Tensor) -> Tensor:
         """(N, H): text embeddings of the packed ids, with audio in place of the placeholders."""
@@ -185,7 +200,8 @@ class Policy(nn.Module):
                 )  # fmt: skip
                 hidden.append(output.last_hidden_state[0, num_prompt - 1 :])
         targets_M = torch.cat([group.completion_ids_GT[group.mask_GT] for group in groups])
-        return self.core.lm_head(torch.cat(hidden), targets_M, temperature)
+        wanted_M = torch.cat([group.wanted_GT[group.mask_GT] for group in groups])
+        return self.core.lm_head(torch.cat(hidden)[wanted_M], targets_M[wanted_M], temperature)
 
     def _audio_embeddings(self, groups: Sequence[GroupTensors]) -> Tensor | None:
         """(A, H) of all groups' clips, in order; one call of encoder and projector at most."""
@@ -264,7 +280,7 @@ def _placeholders(groups: Sequence[GroupTensors], audio_token_id: int) -> Tensor
 
 
 def _predictions(groups: Sequence[GroupTensors], layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """(M,) places whose hidden state predicts a completion token, and (M,) those tokens."""
+    """(M,) places whose hidden state predicts a wanted token, and (M,) those tokens."""
     places, targets = [], []
     for group, span in zip(groups, layout.spans, strict=True):
         start = span.completions_start
@@ -273,17 +289,25 @@ def _predictions(groups: Sequence[GroupTensors], layout: PackedLayout) -> tuple[
             places.append(torch.arange(start, start + length))
             start += length
         targets.append(group.completion_ids_GT[group.mask_GT])
-    return torch.cat(places).to(layout.device), torch.cat(targets).to(layout.device)
+    wanted_M = torch.cat([group.wanted_GT[group.mask_GT] for group in groups]).to(layout.device)
+    places_M, targets_M = torch.cat(places).to(layout.device), torch.cat(targets).to(layout.device)
+    return places_M[wanted_M], targets_M[wanted_M]
 
 
-def _unpack(
-    groups: Sequence[GroupTensors], chosen_M: Tensor, entropy_M: Tensor
+def group_logprobs(
+    policy: Any, groups: Sequence[GroupTensors], *, temperature: float
 ) -> list[tuple[Tensor, Tensor]]:
+    """(G, T) log-probabilities and entropies of every group, 0 where not wanted.
+
+    Args:
+        policy: a `Policy`, or the DeepSpeed engine around one.
+    """
+    chosen_M, entropy_M = policy(groups, temperature=temperature)
     outputs = []
-    counts = [int(group.mask_GT.sum()) for group in groups]
+    counts = [int(group.wanted_GT.sum()) for group in groups]
     pieces = zip(groups, chosen_M.split(counts), entropy_M.split(counts), strict=True)
     for group, chosen, entropy in pieces:
-        mask = group.mask_GT
+        mask = group.wanted_GT
         zeros = chosen.new_zeros(mask.shape)
         outputs.append((zeros.masked_scatter(mask, chosen), zeros.masked_scatter(mask, entropy)))
     return outputs

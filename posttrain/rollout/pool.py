@@ -18,7 +18,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.worker import Place, RolloutWorker, end_process
@@ -219,3 +222,6 @@ class RolloutPool:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
+        strategy = self.resources.get("scheduling_strategy")
+        if isinstance(strategy, PlacementGroupSchedulingStrategy):
+            ray.util.remove_placement_group(strategy.placement_group)

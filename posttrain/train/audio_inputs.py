@@ -33,7 +33,7 @@ def audio_store_settings(recipe: Recipe) -> AudioStoreSettings | None:
 
 
 class AudioInputs:
-    """Fields of `GroupTensors` for a row: from the store, or log-mel windows."""
+    """Fields of `GroupTensors` for a clip: from the store, or log-mel windows."""
 
     def __init__(self, recipe: Recipe, processor: Any, device: torch.device) -> None:
         self.processor = processor
@@ -43,7 +43,8 @@ class AudioInputs:
 
     def __call__(self, row: Row, group: Group) -> dict[str, torch.Tensor]:
         """Raises RuntimeError when engine and learner tokenise the prompt differently."""
-        fields, ids_P = self._stored(row) if self.store else self._computed(row)
+        fields, num_tokens = self.fields(row.audio)
+        ids_P = expanded_prompt(self.processor, row.prompt, num_tokens)
         if token_runs(ids_P.tolist()) != group.prompt_runs:
             raise RuntimeError(
                 f"row {row.id!r}: engine and learner tokenise the prompt differently; "
@@ -51,18 +52,15 @@ class AudioInputs:
             )
         return fields
 
-    def _stored(self, row: Row) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        assert self.store is not None
-        if row.audio is None:
-            return {}, expanded_prompt(self.processor, row.prompt, None)
-        _, audio = self.store(row.audio)
-        embeddings = self.store.settings.kind is StoredAudio.EMBEDDINGS
-        field = "embeds_AH" if embeddings else "encoded_AC"
-        return {field: audio}, expanded_prompt(self.processor, row.prompt, len(audio))
-
-    def _computed(self, row: Row) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        waveform = None
-        if row.audio is not None:
-            waveform = load_audio(row.audio, max_duration_s=self.limit_s)
-        batch = encode(self.processor, row.prompt, waveform)
-        return batch, batch.pop("input_ids")[0]
+    def fields(self, audio: str | None) -> tuple[dict[str, torch.Tensor], int | None]:
+        """What the policy takes for a clip, and its audio tokens; ({}, None) without one."""
+        if audio is None:
+            return {}, None
+        if self.store is not None:
+            _, tensor = self.store(audio)
+            embeddings = self.store.settings.kind is StoredAudio.EMBEDDINGS
+            return {"embeds_AH" if embeddings else "encoded_AC": tensor}, len(tensor)
+        waveform = load_audio(audio, max_duration_s=self.limit_s)
+        batch = encode(self.processor, ({"role": "user", "content": ""},), waveform)
+        ids_P = batch.pop("input_ids")[0]
+        return batch, int((ids_P == self.processor.audio_token_id).sum())

@@ -4,14 +4,50 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from posttrain.data.audio import AUDIO_TOKENS_PER_S, audio_duration_s
+from posttrain.data.pairs import Pair, read_pairs
 from posttrain.data.rows import Row, read_rows
 from posttrain.schema import DataSource, Recipe
 
 DURATION_SLACK_S = 0.1
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """Which of `num_items` a step trains on; epochs run into each other.
+
+    Attributes:
+        per_step: items of a step, at most `num_items`.
+    """
+
+    num_items: int
+    per_step: int
+    seed: int
+    shuffle: bool
+    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    def step(self, step: int) -> list[int]:
+        """Item numbers of step `step` (from 0), all different."""
+        positions = range(step * self.per_step, (step + 1) * self.per_step)
+        places = (divmod(position, self.num_items) for position in positions)
+        return [self._order(epoch)[index] for epoch, index in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        """Item numbers of an epoch; those that its first step has seen already come last."""
+        if epoch in self._orders:
+            return self._orders[epoch]
+        order = list(range(self.num_items))
+        if self.shuffle:
+            random.Random(f"posttrain/epoch/{self.seed}/{epoch}").shuffle(order)
+        overhang = epoch * self.num_items % self.per_step
+        if overhang:
+            seen = set(self._order(epoch - 1)[-overhang:])
+            order = [i for i in order if i not in seen] + [i for i in order if i in seen]
+        self._orders[epoch] = order
+        return order
 
 
 @dataclass(frozen=True)
@@ -24,10 +60,7 @@ class PromptBatches:
 
     rows: tuple[Row, ...]
     held_out: Mapping[str, Sequence[Row]]
-    prompts_per_step: int
-    seed: int
-    shuffle: bool
-    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    order: StepOrder
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PromptBatches:
@@ -36,70 +69,131 @@ class PromptBatches:
         Raises:
             ValueError: as `read_rows`; no row left; an evaluation row that is trained on.
         """
-        rows = [row for source in recipe.data.train.values() for row in _read(source)]
-        limit = recipe.evaluation.num_rows
-        sources = recipe.data.held_out | recipe.data.reported
-        held_out = {name: _read(source)[:limit] for name, source in sources.items()}
-        _check_distinct(rows, recipe.training.prompts_per_step)
-        for part in (rows, *held_out.values()):
-            _check_clips(part)
-            _check_lengths(part, recipe)
-        trained = {row.id for row in rows}
-        for name, evaluated in held_out.items():
-            where = "held_out" if name in recipe.data.held_out else "reported"
-            if leaked := [row.id for row in evaluated if row.id in trained]:
-                raise ValueError(f"data.{where}.{name}: row {leaked[0]!r} is in data.train too")
-        return cls(
-            tuple(rows), held_out, recipe.training.prompts_per_step, recipe.seed,
-            recipe.data.shuffle,
-        )  # fmt: skip
+        rows, held_out = training_rows(recipe)
+        for row in (*rows, *(row for part in held_out.values() for row in part)):
+            if row.audio is None:
+                raise ValueError(f"row {row.id!r} has no audio; kind={recipe.kind} needs a clip")
+        if recipe.training.prompts_per_step > len(rows):
+            raise ValueError(
+                f"training.prompts_per_step={recipe.training.prompts_per_step}: more than the "
+                f"{len(rows)} rows of data.train; lower it or add rows"
+            )
+        per_step, shuffle = recipe.training.prompts_per_step, recipe.data.shuffle
+        return cls(tuple(rows), held_out, StepOrder(len(rows), per_step, recipe.seed, shuffle))
 
     def batch(self, step: int) -> list[Row]:
         """The rows of step `step` (from 0), all different; epochs run into each other."""
-        first = step * self.prompts_per_step
-        positions = range(first, first + self.prompts_per_step)
-        places = (divmod(position, len(self.rows)) for position in positions)
-        return [self.rows[self._order(epoch)[index]] for epoch, index in places]
-
-    def _order(self, epoch: int) -> list[int]:
-        """Row numbers of an epoch; those that its first step has seen already come last."""
-        if epoch in self._orders:
-            return self._orders[epoch]
-        order = list(range(len(self.rows)))
-        if self.shuffle:
-            random.Random(f"posttrain/epoch/{self.seed}/{epoch}").shuffle(order)
-        overhang = epoch * len(self.rows) % self.prompts_per_step
-        if overhang:
-            seen = set(self._order(epoch - 1)[-overhang:])
-            order = [i for i in order if i not in seen] + [i for i in order if i in seen]
-        self._orders[epoch] = order
-        return order
+        return [self.rows[number] for number in self.order.step(step)]
 
     @property
     def provenance(self) -> str:
-        """ "recorded", or "synthesised" as soon as one row's source says so."""
-        synthetic = any("synthesised" in row.source for row in self.rows)
-        return "synthesised" if synthetic else "recorded"
+        """See `provenance_of`."""
+        return provenance_of(self.rows)
 
 
-def _check_distinct(rows: Sequence[Row], prompts_per_step: int) -> None:
+def training_rows(recipe: Recipe, *, check: bool = True) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Rows of data.train and data.replay, and those of held_out and reported sources.
+
+    Args:
+        check: every clip and length as well; False where another process has done it.
+
+    Raises:
+        ValueError: as `read_rows`; no row left; an evaluation row that is trained on.
+    """
+    rows = [row for source in recipe.data.train.values() for row in _read(source)]
+    rows += replayed_rows(recipe, len(rows))
+    held_out = held_out_rows(recipe, check=check)
+    if not check:
+        return rows, held_out
+    _check_distinct(rows)
+    check_clips(rows)
+    _check_lengths(rows, recipe)
+    trained = {row.id for row in rows}
+    for name, evaluated in held_out.items():
+        where = "held_out" if name in recipe.data.held_out else "reported"
+        if leaked := [row.id for row in evaluated if row.id in trained]:
+            raise ValueError(f"data.{where}.{name}: row {leaked[0]!r} is in data.train too")
+    return rows, held_out
+
+
+def question_rows(recipe: Recipe) -> list[Row]:
+    """Rows of data.train alone, for a teacher to answer; clips and lengths are checked."""
+    rows = [row for source in recipe.data.train.values() for row in _read(source)]
+    _check_distinct(rows)
+    check_clips(rows)
+    _check_lengths(rows, recipe)
+    return rows
+
+
+def replayed_rows(recipe: Recipe, num_target: int) -> list[Row]:
+    """Rows of data.replay, as many as make `data.replay_ratio` of all.
+
+    Which ones depends on the seed alone; where there are too few, they come again under another id.
+    """
+    if not recipe.data.replay:
+        return []
+    pool = [row for source in recipe.data.replay.values() for row in _read(source)]
+    ratio = recipe.data.replay_ratio
+    wanted = round(num_target * ratio / (1 - ratio))
+    random.Random(f"posttrain/replay/{recipe.seed}").shuffle(pool)
+    times = -(-wanted // len(pool))
+    copies = [replace(row, id=f"{row.id}#{n}") if n else row for n in range(times) for row in pool]
+    return copies[:wanted]
+
+
+def training_pairs(recipe: Recipe) -> tuple[list[Pair], dict[str, list[Pair]]]:
+    """Preference pairs of data.train, and those of data.held_out_pairs; checked.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_pairs`; a clip that is missing; a held-out pair that
+            is trained on.
+    """
+    pairs = [pair for source in recipe.data.train.values() for pair in _read_pairs(source)]
+    held_out = {n: _read_pairs(source) for n, source in recipe.data.held_out_pairs.items()}
+    everything = [*pairs, *(pair for part in held_out.values() for pair in part)]
+    check_clips([pair.row for pair in everything])
+    trained = {pair.id for pair in pairs}
+    for name, part in held_out.items():
+        if leaked := [pair.id for pair in part if pair.id in trained]:
+            raise ValueError(f"data.held_out_pairs.{name}: pair {leaked[0]!r} is in data.train too")
+    for pair in everything:
+        if pair.rejected_audio is not None and not Path(pair.rejected_audio).is_file():
+            raise FileNotFoundError(
+                f"pair {pair.id!r}: rejected_audio {pair.rejected_audio}: no such file"
+            )
+    return pairs, held_out
+
+
+def held_out_rows(recipe: Recipe, *, check: bool = True) -> dict[str, list[Row]]:
+    """Name -> rows that are evaluated, `data.held_out` first, then `data.reported`."""
+    sources = recipe.data.held_out | recipe.data.reported
+    held_out = {n: _read(source)[: recipe.evaluation.num_rows] for n, source in sources.items()}
+    for part in held_out.values() if check else ():
+        check_clips(part)
+        _check_lengths(part, recipe)
+    return held_out
+
+
+def provenance_of(rows: Sequence[Row]) -> str:
+    """ "recorded", or "synthesised" as soon as one row's source says so."""
+    return "synthesised" if any("synthesised" in row.source for row in rows) else "recorded"
+
+
+def _check_distinct(rows: Sequence[Row]) -> None:
     ids = [row.id for row in rows]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise ValueError(f"data.train: id {twice!r} stands in two sources; rename one")
-    if prompts_per_step > len(rows):
-        raise ValueError(
-            f"training.prompts_per_step={prompts_per_step}: more than the {len(rows)} rows of "
-            "data.train; lower it or add rows"
-        )
 
 
-def _check_clips(rows: Sequence[Row]) -> None:
+def check_clips(rows: Sequence[Row]) -> None:
     """Every clip is there and as long as its row says, before anything heavy starts."""
     for row in rows:
-        if not Path(str(row.audio)).is_file():
+        if row.audio is None:
+            continue
+        if not Path(row.audio).is_file():
             raise FileNotFoundError(f"row {row.id!r}: audio {row.audio}: no such file")
-        duration_s = audio_duration_s(str(row.audio))
+        duration_s = audio_duration_s(row.audio)
         if abs(duration_s - (row.duration_s or 0.0)) > DURATION_SLACK_S:
             raise ValueError(
                 f"row {row.id!r}: audio {row.audio} lasts {duration_s:.2f} s, duration_s says "
@@ -126,13 +220,19 @@ def _check_lengths(rows: Sequence[Row], recipe: Recipe) -> None:
             )
 
 
+def _read_pairs(source: DataSource) -> list[Pair]:
+    pairs = read_pairs(source.path)
+    if source.tasks is not None:
+        pairs = [pair for pair in pairs if pair.row.task.value in source.tasks]
+        if not pairs:
+            raise ValueError(f"pairs {source.path}: none of tasks {source.tasks}")
+    return pairs[: source.max_rows]
+
+
 def _read(source: DataSource) -> list[Row]:
     rows = read_rows(source.path)
     if source.tasks is not None:
         rows = [row for row in rows if row.task.value in source.tasks]
         if not rows:
             raise ValueError(f"rows {source.path}: none of tasks {source.tasks}")
-    if any(row.audio is None for row in rows):
-        bad = next(row.id for row in rows if row.audio is None)
-        raise ValueError(f"rows {source.path}: row {bad!r} has no audio; grpo needs a clip a row")
     return rows[: source.max_rows]

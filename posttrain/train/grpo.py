@@ -23,34 +23,40 @@ import torch
 
 from posttrain.algorithm.advantages import decoupled_advantages, group_advantages
 from posttrain.data.rows import Row
+from posttrain.evaluate import held_out
 from posttrain.schema import AlgorithmConfig, Recipe, ScoringConfig
-from posttrain.train import held_out
 from posttrain.train.batches import PromptBatches
 from posttrain.train.learner import ScoredGroup
 from posttrain.train.progress import Progress
 from posttrain.train.resources import Cluster, start_cluster
 from posttrain.train.rewards import check_rewards, errors_of, recipe_rewards
 from posttrain.train.run_folder import RunFolder
+from posttrain.train.run_gates import check_gates, gate_records, refuse_failed_gates
 from posttrain.types import Group, PromptRequest, RewardResult, SamplingSettings
 from reward_models.registry import WeightedSum
 from reward_models.scoring import score_all
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs, or continues, a GRPO recipe; returns the run folder."""
-    if Path(recipe.model.path).exists():
-        recipe.model.path = str(Path(recipe.model.path).resolve())
+    """Runs, or continues, a GRPO recipe; returns the run folder.
+
+    Raises:
+        GateFailed: the run is done and a gate was not passed.
+    """
     data = PromptBatches.from_recipe(recipe)
-    check_rewards(recipe, data.rows)
+    if recipe.rewards:
+        check_rewards(recipe, data.rows)
     run = RunFolder(recipe)
     with start_cluster(recipe, run.checkpoint) as cluster:
-        reward = recipe_rewards(recipe, data.rows, run.path)
+        reward = recipe_rewards(recipe, data.rows, run.path) if recipe.rewards else None
         loop = GrpoLoop(recipe, run, data, reward, cluster)
         loop.evaluate("before", 0)
+        check_gates(recipe, run)
         for step in loop.progress.track(run.steps_done, recipe.training.max_steps):
             loop.step(step)
         loop.evaluate("after", recipe.training.max_steps)
         loop.finish()
+    refuse_failed_gates(recipe, run, loop.progress)
     return run.path
 
 
@@ -58,7 +64,7 @@ class GrpoLoop:
     """The state of a run between steps: the policy version, and skipped steps in a row."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, data: PromptBatches, reward: WeightedSum,
+        self, recipe: Recipe, run: RunFolder, data: PromptBatches, reward: WeightedSum | None,
         cluster: Cluster,
     ) -> None:  # fmt: skip
         self.recipe, self.run, self.data, self.cluster = recipe, run, data, cluster
@@ -156,9 +162,9 @@ class GrpoLoop:
         self.run.save_json(f"held_out/{when}.json", record)
 
     def save(self, done: int) -> None:
-        partial = self.run.new_checkpoint(done)
+        partial = self.run.checkpoints.begin(done)
         self.cluster.learners.call_all("save", str(partial.resolve()))
-        self.run.finish_checkpoint(partial, done, self.policy_version)
+        self.run.checkpoints.finish(done, self.policy_version)
 
     def finish(self) -> None:
         """Writes summary.json: what was run, and held-out scores before and after."""
@@ -181,28 +187,13 @@ class GrpoLoop:
             "sync": vars(report) if report else None,
             "wall_s": round(time.monotonic() - self.started, 1),
         }
-        summary |= self.held_out_summary()
+        summary["gates"] = gate_records(self.recipe, self.run)
+        summary |= held_out.summary_of(
+            self.run.load_json, self.recipe.data.held_out, self.recipe.data.reported,
+            self.recipe.evaluation.bootstrap_samples,
+        )  # fmt: skip
         self.run.finish(summary)
         self.progress.table(summary)
-
-    def held_out_summary(self) -> dict[str, Any]:
-        """`held_out` for the rows that count, `reported` for those that gate nothing."""
-        before, after = (self.run.load_json(f"held_out/{w}.json") for w in ("before", "after"))
-        if not (before and after):
-            return {}
-        samples = self.recipe.evaluation.bootstrap_samples
-
-        def compare(names: Sequence[str]) -> dict[str, Any]:
-            pair = [
-                held_out.from_records([r for name in names for r in record[name]])
-                for record in (before, after)
-            ]
-            return held_out.compare(pair[0], pair[1], samples)
-
-        out: dict[str, Any] = {"held_out": compare(list(self.recipe.data.held_out))}
-        if self.recipe.data.reported:
-            out["reported"] = {name: compare([name]) for name in self.recipe.data.reported}
-        return out
 
 
 def sampling_seed(run_seed: int, step: int, prompt_id: str) -> int:
@@ -212,9 +203,12 @@ def sampling_seed(run_seed: int, step: int, prompt_id: str) -> int:
 
 
 def score(
-    reward: WeightedSum, rows: Sequence[Row], groups: Sequence[Group], scoring: ScoringConfig
-) -> list[list[RewardResult]]:
-    """One result a completion."""
+    reward: WeightedSum | None, rows: Sequence[Row], groups: Sequence[Group],
+    scoring: ScoringConfig,
+) -> list[list[RewardResult]]:  # fmt: skip
+    """One result a completion; without a reward (a teacher alone says what is good) all are 0."""
+    if reward is None:
+        return [[RewardResult(0.0) for _ in group.completions] for group in groups]
     items = [(row, c) for row, group in zip(rows, groups, strict=True) for c in group.completions]
     results = iter(
         score_all(reward, items, timeout_s=scoring.timeout_s, num_threads=scoring.num_threads)
@@ -223,7 +217,9 @@ def score(
 
 
 def advantages_of(
-    results: Sequence[Sequence[RewardResult]], reward: WeightedSum, algorithm: AlgorithmConfig
+    results: Sequence[Sequence[RewardResult]],
+    reward: WeightedSum | None,
+    algorithm: AlgorithmConfig,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(N, G) advantages and reward metrics.
 
@@ -232,7 +228,7 @@ def advantages_of(
     """
     values = torch.tensor([[r.value or 0.0 for r in line] for line in results])
     valid = torch.tensor([[r.value is not None for r in line] for line in results])
-    if algorithm.multi_objective_aggregation == "normalize_then_sum":
+    if reward is not None and algorithm.multi_objective_aggregation == "normalize_then_sum":
         nan = float("nan")
         parts = torch.tensor(
             [[[r.breakdown.get(name, nan) for name in reward.weights] for r in line]

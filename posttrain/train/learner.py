@@ -18,27 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from posttrain.algorithm.distillation import reverse_kl_advantages
 from posttrain.algorithm.importance import engine_importance_ratio
 from posttrain.algorithm.losses import loss_denominator, policy_loss
 from posttrain.data.rows import Row
-from posttrain.model.load import load_model, load_processor, save_checkpoint
-from posttrain.model.lora import adapter_files, add_lora
-from posttrain.model.policy import GroupTensors, Policy, freeze_audio
-from posttrain.model.prefix_check import (
-    COMPLETIONS,
-    GRADIENT_TOLERANCES,
-    LOGPROB_TOLERANCES,
-    compare_with_dense,
-)
-from posttrain.model.sequence_parallel import sequence_group
-from posttrain.rollout.rendezvous import meeting_point
-from posttrain.schema import Recipe
-from posttrain.train.audio_inputs import AudioInputs
+from posttrain.model.policy import GroupTensors, group_logprobs
 from posttrain.train.deepspeed_config import deepspeed_config
-from posttrain.train.optimizer_state import load_rank_state, save_rank_state
-from posttrain.train.process_group import join_process_group
+from posttrain.train.optimizer_state import load_rank_state
+from posttrain.train.policy_rank import PolicyRank
 from posttrain.train.schedule import lr_factor
-from posttrain.train.weights import LearnerWeights, full_weights, gathered
 from posttrain.types import Group
 
 
@@ -66,24 +54,8 @@ class ScoredGroup:
         return ScoredGroup(self.row, group, chosen(self.advantages), chosen(self.trained))
 
 
-class LearnerRank:
-    """Rank `rank` of `world_size`; made into a Ray actor by `LearnerGroup`."""
-
-    def __init__(
-        self, recipe: Recipe, rank: int, world_size: int, address: str, port: int, device: str
-    ) -> None:
-        self.recipe, self.rank, self.world_size = recipe, rank, world_size
-        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-        join_process_group(rank, world_size, address, port, device)
-        if recipe.learner.threads_per_process:
-            torch.set_num_threads(recipe.learner.threads_per_process)
-        torch.manual_seed(recipe.seed + rank)
-        degree = recipe.learner.sequence_parallel_size
-        self.sequence_group = sequence_group(rank, world_size, degree)
-        self.num_sequences = world_size // degree
-        self.reference: Policy | None = None
-        self._transfer: Any = None
-        self._verified = recipe.shared_prefix.verify == "never" or not recipe.shared_prefix.enabled
+class LearnerRank(PolicyRank):
+    """A rank of GRPO."""
 
     def build(self, resume_dir: str | None = None) -> dict[str, int]:
         """Loads the policy (or a checkpoint of it), wraps it in DeepSpeed; returns sizes."""
@@ -91,64 +63,19 @@ class LearnerRank:
 
         recipe = self.recipe
         resume = Path(resume_dir) if resume_dir else None
-        start = resume / "model" if resume and (resume / "model").exists() else recipe.model.path
-        self.processor = load_processor(recipe.model.path)
-        self.policy = self._build_policy(str(start), resume)
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        self.audio_inputs = AudioInputs(recipe, self.processor, self.device)
+        sizes = self.load(resume)
         self.engine, *_ = deepspeed.initialize(
             model=self.policy,
-            model_parameters=trainable,
+            model_parameters=self.trainable(),
             config=deepspeed_config(recipe, self.device.type),
         )
         if recipe.algorithm.beta and not recipe.lora.enabled:
-            self.reference = self._build_reference()
+            self.reference = self.build_reference()
+        if recipe.teacher.path is not None:
+            self.teacher, self.teacher_audio = self.build_teacher()
         if resume:
             load_rank_state(self.engine, resume / "optimizer" / f"rank-{self.rank:05d}.safetensors")
-        self.weights = LearnerWeights(self.policy, recipe.learner.zero_stage)
-        return {
-            "num_trainable": sum(_full_numel(p) for p in trainable),
-            "num_parameters": sum(_full_numel(p) for p in self.policy.parameters()),
-        }
-
-    def _build_policy(self, start: str, resume: Path | None) -> Policy:
-        recipe = self.recipe
-        model: Any = load_model(start, dtype=getattr(torch, recipe.model.dtype))
-        if recipe.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        freeze_audio(
-            model,
-            train_encoder=recipe.model.train_encoder,
-            train_projector=recipe.model.train_projector,
-        )
-        if recipe.lora.enabled:
-            lora = recipe.lora
-            model = add_lora(
-                model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
-                target_modules=lora.target_modules,
-            )  # fmt: skip
-            if resume:
-                model.load_adapter(str(resume / "adapter"), "default", is_trainable=True)
-        return self._wrapped(model, activation_offload=recipe.model.activation_offload).train()
-
-    def _wrapped(self, model: Any, **options: Any) -> Policy:
-        policy = Policy(
-            model, shared_prefix=self.recipe.shared_prefix.enabled,
-            sequence_group=self.sequence_group, **options,
-        )  # fmt: skip
-        return policy.to(self.device)
-
-    def _build_reference(self) -> Policy:
-        """A frozen copy of the starting checkpoint; partitioned too under ZeRO-3."""
-        import deepspeed
-
-        model = load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype))
-        reference = self._wrapped(model.requires_grad_(False)).eval()
-        if self.recipe.learner.zero_stage == 3:
-            config = deepspeed_config(self.recipe, self.device.type, optimizer=False)
-            engine, *_ = deepspeed.initialize(model=reference, config=config)
-            return engine
-        return reference
+        return sizes
 
     # --- one optimizer step -------------------------------------------------------------------
 
@@ -161,7 +88,7 @@ class LearnerRank:
             alone.
         """
         batches = self._prepare(micro_batches)
-        verified = self._verify(batches[0]["tensors"][0])
+        verified = self.verify(batches[0]["tensors"][0])
         self._fixed_logprobs(batches)
         self._set_learning_rate(step)
         passes = [
@@ -196,54 +123,28 @@ class LearnerRank:
             torch.tensor(group.prompt_token_ids, device=device),
             ids_GT.to(device), mask_GT.to(device), **self.audio_inputs(scored.row, group),
         )  # fmt: skip
+        teacher = None
+        if self.recipe.teacher.path is not None:
+            own, _ = self.teacher_audio.fields(scored.row.audio)
+            teacher = GroupTensors(
+                tensors.prompt_ids_P, tensors.completion_ids_GT, tensors.mask_GT, **own
+            )
         return {
             "tensors": tensors,
+            "teacher_tensors": teacher,
             "sampled": sampled_GT.to(device),
             "loss_mask": (mask_GT & trained_G1).to(device),
             "advantages": torch.tensor(scored.advantages, device=device),
         }
 
-    def _verify(self, group: GroupTensors) -> dict[str, float]:
-        """Once a process: the packed path against the dense one, on a part of a real group.
-
-        Raises:
-            RuntimeError: they differ by more than the tolerances.
-        """
-        if self._verified:
-            return {}
-        self._verified = True
-        config, dtype = self.recipe.shared_prefix, self.recipe.model.dtype
-        completions = torch.tensor(min(len(group.lengths), COMPLETIONS), device=self.device)
-        dist.all_reduce(completions, op=dist.ReduceOp.MIN)
-        found = compare_with_dense(
-            self.policy, group, temperature=self.recipe.sampling.temperature,
-            prompt_tokens=config.verify_tokens, completions=int(completions),
-        )  # fmt: skip
-        worst = torch.tensor([found.logprob, found.gradient], device=self.device)
-        worst = worst.nan_to_num(nan=math.inf)  # a maximum over ranks may lose a NaN
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        logprob, gradient = worst.tolist()
-        limits = (
-            _given(config.logprob_tolerance, LOGPROB_TOLERANCES[dtype]),
-            _given(config.gradient_tolerance, GRADIENT_TOLERANCES[dtype]),
-        )
-        if not (logprob <= limits[0] and gradient <= limits[1]):
-            raise RuntimeError(
-                f"shared_prefix.verify: packed and dense paths differ by {logprob:.3g} nats "
-                f"(allowed {limits[0]:g}) and {gradient:.3g} of the gradient (allowed "
-                f"{limits[1]:g}) on {found.prompt_tokens} prompt tokens and {found.completions} "
-                "completions; train with shared_prefix.enabled=false and report it, or raise "
-                "shared_prefix.logprob_tolerance or gradient_tolerance if your dtype explains it"
-            )
-        return {"shared_prefix/logprob_diff": logprob, "shared_prefix/gradient_diff": gradient}
-
     def _forward(self, policy: Any, batch: dict[str, Any]) -> list[tuple[Any, Any]]:
-        return policy(batch["tensors"], temperature=self.recipe.sampling.temperature)
+        temperature = self.recipe.sampling.temperature
+        return group_logprobs(policy, batch["tensors"], temperature=temperature)
 
     @torch.no_grad()
     def _fixed_logprobs(self, batches: Sequence[dict[str, Any]]) -> None:
         """Old and reference log-probabilities, where the loss needs more than the live ones."""
-        algorithm = self.recipe.algorithm
+        algorithm, temperature = self.recipe.algorithm, self.recipe.sampling.temperature
         stale_old = algorithm.num_iterations > 1 or self.recipe.lora.dropout > 0
         for batch in batches:
             batch["old"] = batch["ref"] = [None] * len(batch["tensors"])
@@ -251,15 +152,15 @@ class LearnerRank:
                 self.engine.eval()
                 batch["old"] = [lp for lp, _ in self._forward(self.engine, batch)]
                 self.engine.train()
+            if self.recipe.teacher.path is not None:
+                outputs = group_logprobs(
+                    self.teacher, batch["teacher_tensors"], temperature=temperature
+                )
+                batch["teacher"] = [lp for lp, _ in outputs]
             if algorithm.beta:
-                batch["ref"] = [lp for lp, _ in self._reference_forward(batch)]
-
-    def _reference_forward(self, batch: dict[str, Any]) -> list[tuple[Any, Any]]:
-        if self.reference is not None:
-            return self._forward(self.reference, batch)
-        adapter_model: Any = self.policy.model
-        with adapter_model.disable_adapter():
-            return self._forward(self.engine, batch)
+                batch["ref"] = [
+                    lp for lp, _ in self.reference_logprobs(batch["tensors"], temperature)
+                ]
 
     def accumulate(self, batches: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Forward and backward over all micro-batches; returns sums of this rank."""
@@ -291,6 +192,12 @@ class LearnerRank:
         algorithm = self.recipe.algorithm
         old_GT = batch["old"][i] if batch["old"][i] is not None else logprobs_GT.detach()
         mask_GT = batch["loss_mask"][i]
+        advantages = batch["advantages"][i]
+        if self.recipe.teacher.path is not None:
+            more_GT = reverse_kl_advantages(
+                old_GT, batch["teacher"][i], self.recipe.teacher.kl_coef
+            )
+            advantages = advantages.unsqueeze(1) + more_GT
         ratio = None
         if algorithm.vllm_importance_sampling_correction:
             ratio = engine_importance_ratio(
@@ -299,14 +206,17 @@ class LearnerRank:
                 clip_min=algorithm.vllm_importance_sampling_clip_min,
                 clip_max=algorithm.vllm_importance_sampling_clip_max,
             )  # fmt: skip
-        return policy_loss(
-            logprobs_GT, old_GT, batch["advantages"][i], mask_GT,
+        loss, parts = policy_loss(
+            logprobs_GT, old_GT, advantages, mask_GT,
             denominator=denominator, loss_type=algorithm.loss_type,
             importance_sampling_level=algorithm.importance_sampling_level,
             epsilon=algorithm.epsilon, epsilon_high=algorithm.epsilon_high,
             delta=algorithm.delta, engine_ratio=ratio, ref_logprobs_BT=batch["ref"][i],
             beta=algorithm.beta, use_bias_correction_kl=algorithm.use_bias_correction_kl,
         )  # fmt: skip
+        if self.recipe.teacher.path is not None:
+            parts["teacher_kl"] = ((old_GT - batch["teacher"][i]) * mask_GT).sum()
+        return loss, parts
 
     def _denominator(self, batches: Sequence[dict[str, Any]]) -> float:
         masks = [mask for batch in batches for mask in batch["loss_mask"]]
@@ -347,7 +257,10 @@ class LearnerRank:
         added /= self.recipe.learner.sequence_parallel_size
         total = dict(zip(keys, added.tolist(), strict=True))
         tokens = max(total["tokens"], 1.0)
-        return {
+        teacher = (
+            {"train/teacher_kl": total["teacher_kl"] / tokens} if "teacher_kl" in total else {}
+        )
+        return teacher | {
             "train/loss": total["loss"],
             "train/entropy": total["entropy"] / tokens,
             "train/kl": total["kl"] / tokens,
@@ -356,59 +269,6 @@ class LearnerRank:
             "engine/logprob_diff_mean": total["engine_diff"] / max(total["sampled_tokens"], 1.0),
             "engine/logprob_diff_max": float(largest),
         }
-
-    # --- weights out, state in and out ----------------------------------------------------------
-
-    def connect_transfer(
-        self, client: Any, address: str, port: int, world_size: int, backend: str
-    ) -> None:
-        """Joins the inference workers' weight-transfer group; rank 0 is the sender."""
-        from posttrain.rollout.weight_sync import trainer_transfer
-
-        self._transfer = trainer_transfer(
-            self.weights, client, rank=self.rank, address=address, port=port,
-            world_size=world_size, backend=backend,
-        )  # fmt: skip
-
-    def send_weights(self) -> int:
-        """Sends trainable weights to the inference workers; returns bytes."""
-        self._transfer.send_weights()
-        return self.weights.num_bytes
-
-    def trainable_weights(self) -> dict[str, torch.Tensor] | None:
-        """Canonical trainable weights on the CPU, from rank 0; every rank must call."""
-        weights = {}
-        for name, tensor in self.weights:
-            if self.rank == 0:
-                weights[name] = tensor.cpu().clone()
-        return weights if self.rank == 0 else None
-
-    def adapter(self) -> dict[str, bytes] | None:
-        """The LoRA adapter's files, from rank 0; every rank must call."""
-        named = {n: p for n, p in self.policy.model.named_parameters() if "lora_" in n}
-        with gathered(list(named.values()), self.recipe.learner.zero_stage):
-            tensors = {n: p.detach().cpu().clone() for n, p in named.items()}
-        return adapter_files(self.policy.model, tensors) if self.rank == 0 else None
-
-    def save(self, folder: str) -> None:
-        """Writes model (canonical keys) or adapter, and this rank's optimizer state."""
-        out = Path(folder)
-        (out / "optimizer").mkdir(parents=True, exist_ok=True)
-        save_rank_state(self.engine, out / "optimizer" / f"rank-{self.rank:05d}.safetensors")
-        if self.recipe.lora.enabled:
-            files = self.adapter()
-            if files is not None:
-                (out / "adapter").mkdir(exist_ok=True)
-                for name, content in files.items():
-                    (out / "adapter" / name).write_bytes(content)
-            return
-        core = self.policy.core
-        weights = full_weights(core, self.recipe.learner.zero_stage, keep=self.rank == 0)
-        if self.rank == 0:
-            save_checkpoint(core, self.processor, out / "model", weights)
-
-    def meeting_point(self) -> tuple[str, int]:
-        return meeting_point()
 
 
 def _engine_difference(
@@ -422,11 +282,3 @@ def _engine_difference(
         "max_engine_diff": difference.max(),
         "sampled_tokens": mask_GT.sum().float(),
     }
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _full_numel(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

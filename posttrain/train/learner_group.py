@@ -35,7 +35,10 @@ def planner(recipe: Recipe) -> Planner:
 class LearnerGroup:
     """`learner.num_processes` ranks; neighbours share a sequence where the recipe says so."""
 
-    def __init__(self, recipe: Recipe, device: str, rank_class: type = LearnerRank) -> None:
+    def __init__(
+        self, recipe: Recipe, device: str, rank_class: type = LearnerRank, **options: Any
+    ) -> None:
+        """`options` are Ray's, of every rank."""
         self.num_ranks = recipe.learner.num_processes
         self.ranks_a_sequence = recipe.learner.sequence_parallel_size
         self.planner = planner(recipe)
@@ -53,12 +56,16 @@ class LearnerGroup:
         ).remote())  # fmt: skip
         arguments = (self.num_ranks, address, port, device)
         self.ranks: list[Any] = [
-            self._actor(actor, i, bundle, environment).remote(recipe, i, *arguments)
+            self._actor(actor, i, bundle, environment, options).remote(recipe, i, *arguments)
             for i in range(self.num_ranks)
         ]
 
-    def _actor(self, actor: Any, index: int, bundle: dict[str, float], env: dict[str, str]) -> Any:
+    def _actor(
+        self, actor: Any, index: int, bundle: dict[str, float], env: dict[str, str],
+        options: dict[str, Any],
+    ) -> Any:  # fmt: skip
         return actor.options(
+            **options,
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             runtime_env={"env_vars": env},
@@ -84,7 +91,7 @@ class LearnerGroup:
             "train/micro_batches": float(len(plan[0])),
             "train/rank_balance": balance(plan),
         }
-        return self._get(calls)[0] | sizes
+        return self.get(calls)[0] | sizes
 
     def shares(
         self, scored: Sequence[ScoredGroup]
@@ -102,7 +109,7 @@ class LearnerGroup:
         return plan, [share for share in shares for _ in range(self.ranks_a_sequence)]
 
     def call_all(self, method: str, *arguments: Any) -> list[Any]:
-        return self._get([getattr(rank, method).remote(*arguments) for rank in self.ranks])
+        return self.get([getattr(rank, method).remote(*arguments) for rank in self.ranks])
 
     def call_first(self, method: str, *arguments: Any) -> Any:
         """Calls a collective on every rank; returns rank 0's answer."""
@@ -110,9 +117,10 @@ class LearnerGroup:
 
     def call_one(self, method: str, *arguments: Any) -> Any:
         """Calls rank 0 alone."""
-        return self._get([getattr(self.ranks[0], method).remote(*arguments)])[0]
+        return self.get([getattr(self.ranks[0], method).remote(*arguments)])[0]
 
-    def _get(self, calls: list[Any]) -> list[Any]:
+    def get(self, calls: list[Any]) -> list[Any]:
+        """Answers of calls; a rank's own error is raised as it was, a dead one with what to do."""
         try:
             return ray.get(calls)
         except RayTaskError as error:

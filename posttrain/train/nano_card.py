@@ -19,9 +19,9 @@ from data_recipes.recorded_prompts import load_recordings
 from data_recipes.timelines import TimelineSpec, write_timelines
 from posttrain.data.rows import Row, read_rows
 from posttrain.data.thinking import split_thinking
+from posttrain.evaluate.held_out import bootstrap_ci95
 from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.vllm_engine import VllmEngine
-from posttrain.train.held_out import bootstrap_ci95
 from posttrain.types import Completion, PromptRequest, SamplingSettings, Task
 from reward_models.grounding import TimestampGrounding
 from reward_models.spans import match

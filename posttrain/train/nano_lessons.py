@@ -30,6 +30,7 @@ from posttrain.data.rows import Event
 
 OPENING_TASKS = {"grounding": 0.7, "count": 0.1, "order": 0.1, "absent": 0.1}
 LESSONS = {"list": 0.4, "chain": 0.2, "direct": 0.4}
+TEACHER = {"list": 0.2, "chain": 0.6, "direct": 0.2}
 HABITS = {"list": 0.5, "chain": 0.15, "hasty": 0.35}
 FOLLOW_UPS = 2
 UNPREDICTABLE_WEIGHT = 0.05
@@ -113,7 +114,8 @@ class Conversations:
         hasty   a question, answered at once and with the first time only; then the list
 
     In `LESSONS` direct answers teach to look up what was heard. In `HABITS` thinking is the
-    exception, and better: that it pays is left to reinforcement learning to find out.
+    exception, and better: that it pays is left to reinforcement learning to find out. `TEACHER`
+    thinks before it answers.
     """
 
     processor: Any

@@ -33,15 +33,16 @@ from tqdm import tqdm
 from data_recipes import quickstart, timelines
 from data_recipes.nano_clips import CLIP_NAMES
 from data_recipes.recorded_prompts import Recordings, load_recordings
-from data_recipes.timelines import QUESTIONS, Sound, TimelineSpec, load_sounds
+from data_recipes.timelines import Sound, TimelineSpec, load_sounds
 from posttrain.model import nano
-from posttrain.model.load import load_model, save_checkpoint
-from posttrain.train.nano_lessons import HABITS, Conversations, Drills
+from posttrain.model.load import load_model, load_processor, save_checkpoint
+from posttrain.train.nano_lessons import HABITS, TEACHER, Conversations, Drills
 
 MAX_POSITION_SHIFT = 600
 WARM_UP_STEPS = 50
 COOL_DOWN = 0.4
 SHARPNESS = 6.0
+CORPUS_TASKS = ("grounding", "count", "order", "absent", "dense")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,31 @@ def build_nano(out_dir: Path, settings: PretrainSettings, log_path: Path | None 
             done.add(stage.name, time.monotonic() - started)
     _write_facts(out_dir, settings, recordings, heard, done.seconds)
     done.path.unlink()
+
+
+def train_teacher(base_dir: Path, out_dir: Path, steps: int, seed: int) -> None:
+    """Trains a nano checkpoint for longer, as one that thinks: a teacher for its own kind.
+
+    On clips of the quickstart's length alone; long ones it hears no better than before.
+    """
+    settings = PretrainSettings(seed=seed)
+    model, processor = load_model(base_dir), load_processor(base_dir)
+    recordings = load_recordings("en")
+    clips = [c for c in recordings.clips if c.name in CLIP_NAMES] or list(recordings.clips)
+    heard = load_sounds([c for c in clips if not c.unheard])
+
+    chats = Conversations(
+        processor, heard, settings.batch_size, seed + 100, quickstart.SPEC, openings=TEACHER
+    )
+    started = time.monotonic()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _train(model, Stage("teacher", steps, [(chats, heard_loss)], 0.4), settings, _Journal(None))
+    save_checkpoint(model, processor, out_dir)
+    facts = {
+        "base": str(base_dir), "steps": steps, "seed": seed, "provenance": recordings.provenance,
+        "train_s": round(time.monotonic() - started),
+    }  # fmt: skip
+    (out_dir / "teacher.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 Losses = dict[str, Tensor]
@@ -234,7 +260,7 @@ def _corpus(sounds: Sequence[Sound], labels: Sequence[str]) -> Iterator[str]:
     rng = random.Random("posttrain/nano/corpus")
     for _ in range(3_000):
         timeline = timelines.compose(rng, sounds, EASY)
-        question = timelines.ask(rng, timeline.events, labels, dict.fromkeys(QUESTIONS, 1.0))
+        question = timelines.ask(rng, timeline.events, labels, dict.fromkeys(CORPUS_TASKS, 1.0))
         yield (
             f"system\n{nano.SYSTEM_PROMPT}\nuser\n{timelines.full_prompt(question)}\n"
             f"assistant\n<think> {timelines.describe(timeline.events)}</think> {question.answer}"

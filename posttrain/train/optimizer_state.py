@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -66,6 +67,12 @@ def load_rank_state(engine: Any, path: Path) -> None:
         for name in MOMENTS:
             if (value := state.get(f"{i}/{name}")) is not None:
                 own[name] = _like(value, own.get(name), flat.device)
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    load_rng_state(path)
+
+
+def load_rng_state(path: Path) -> None:
+    """Restores torch's random numbers as `save_rank_state` found them."""
+    with safe_open(path, framework="pt") as state:
+        torch.set_rng_state(state.get_tensor("rng"))
+        if "cuda_rng" in state.keys() and torch.cuda.is_available():  # noqa: SIM118
+            torch.cuda.set_rng_state(state.get_tensor("cuda_rng"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from posttrain.types import RewardResult, RewardStatus
+
+SHOWN = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")
 
 
 class Progress:
@@ -27,6 +30,24 @@ class Progress:
                 self._bar.update(1)
         self._bar = None
 
+    @contextmanager
+    def bar(self, start: int, stop: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A bar that another process advances: call with the step and its metrics."""
+        with tqdm(total=stop, initial=start, desc=self._name, dynamic_ncols=True) as self._bar:
+
+            def advance(step: int, metrics: Mapping[str, float]) -> None:
+                held_out = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
+                if held_out:
+                    names = {k.removeprefix("held_out/"): v for k, v in held_out.items()}
+                    self.note(f"step {step}", names)
+                    return
+                self._bar.update(step - self._bar.n)
+                shown = {k.removeprefix("train/"): v for k, v in metrics.items() if k in SHOWN}
+                self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()})
+
+            yield advance
+        self._bar = None
+
     def show(self, metrics: Mapping[str, float]) -> None:
         if self._bar is not None:
             self._bar.set_postfix(
@@ -39,30 +60,33 @@ class Progress:
         """Says how many completions of the step could not be scored, and why the first."""
         reasons = [r.reason for line in results for r in line if r.status is RewardStatus.ERRORED]
         if reasons:
-            self._write(f"step {step}: {len(reasons)} completions not scored; first: {reasons[0]}")
+            self.write(f"step {step}: {len(reasons)} completions not scored; first: {reasons[0]}")
 
     def note(self, title: str, values: Mapping[str, float]) -> None:
-        self._write(
+        self.write(
             f"{title}: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         )
 
-    def _write(self, line: str) -> None:
+    def write(self, line: str) -> None:
+        """A line above the bar."""
         if self._bar is not None:
             self._bar.write(line)
         else:
-            self._console.print(line)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def table(self, summary: Mapping[str, Any]) -> None:
         """Held-out scores before and after, with the paired interval."""
         scores = summary.get("held_out")
         if not scores or "paired_diff" not in scores:
             return
+        metric = scores["metric"]
         table = Table(title=f"{summary['run']}: held-out, n={scores['n']}, greedy")
         for column in ("", "before", "after"):
             table.add_column(column)
         for name in scores["before"]:
-            table.add_row(name, f"{scores['before'][name]:.3f}", f"{scores['after'][name]:.3f}")
+            values = (scores[when].get(name, float("nan")) for when in ("before", "after"))
+            table.add_row(name, *(f"{value:.3f}" for value in values))
         low, high = scores["paired_diff"]["ci95"]
         mean = scores["paired_diff"]["mean"]
-        table.caption = f"miou {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]"
+        table.caption = f"{metric} {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]"
         self._console.print(table)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,8 +20,8 @@ from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.weight_sync import WeightSync
 from posttrain.schema import Recipe
 from posttrain.train.audio_inputs import audio_store_settings
+from posttrain.train.checkpoints import Checkpoint
 from posttrain.train.learner_group import LearnerGroup
-from posttrain.train.run_folder import Checkpoint
 from reward_models.names import MODEL_REWARDS
 
 LOOPBACK = "127.0.0.1"
@@ -60,8 +61,18 @@ def device_of(choice: str, key: str) -> str:
 
 
 @contextmanager
+def ray_session(recipe: Recipe) -> Iterator[None]:
+    """Ray for one run, taken down at the end, also after an error."""
+    start_ray(recipe)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
 def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Cluster]:
-    """Starts everything a run needs and takes it down again, also after an error.
+    """Learners and workers side by side, for a loop that needs both in every step.
 
     Raises:
         ValueError: a wrong checkpoint, or more GPUs than there are.
@@ -69,36 +80,69 @@ def start_cluster(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[Clu
     check_architecture(recipe.model.path)
     learners: LearnerGroup | None = None
     pool: RolloutPool | None = None
-    start_ray(recipe)
+    with ray_session(recipe):
+        try:
+            learner_device = device_of(recipe.learner.device, "learner.device")
+            rollout_device = device_of(recipe.rollout.device, "rollout.device")
+            check_gpus(recipe, learner_device, rollout_device, num_gpus())
+            pool = new_pool(recipe, engine_settings(recipe, learner_device, rollout_device))
+            pool.start()
+            learners = LearnerGroup(recipe, learner_device)
+            sizes = learners.build(str(checkpoint.path.resolve()) if checkpoint else None)
+            pool.wait()
+            sync = WeightSync(pool, learners, mode=_sync_mode(recipe))
+            sync.policy_version = checkpoint.policy_version if checkpoint else 0
+            pool.on_replaced = sync.repeat
+            if checkpoint or recipe.lora.enabled:
+                sync(sync.policy_version)
+            yield Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
+        finally:
+            if pool is not None:
+                pool.stop()
+            if learners is not None:
+                learners.stop()
+
+
+@contextmanager
+def serving(recipe: Recipe, checkpoint: Path | None = None) -> Iterator[RolloutPool]:
+    """Workers that serve the recipe's model, or a checkpoint of its run, and nothing beside them.
+
+    Args:
+        checkpoint: a folder of `Checkpoints`, with `model/` or `adapter/` in it.
+    """
+    device = device_of(recipe.rollout.device, "rollout.device")
+    settings = engine_settings(recipe, "cpu", device)
+    adapter = checkpoint / "adapter" if checkpoint else None
+    if checkpoint and (checkpoint / "model").exists():
+        settings = replace(settings, checkpoint=str((checkpoint / "model").resolve()))
+    pool = new_pool(recipe, settings)
     try:
-        learner_device = device_of(recipe.learner.device, "learner.device")
-        rollout_device = device_of(recipe.rollout.device, "rollout.device")
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        check_gpus(recipe, learner_device, rollout_device, num_gpus)
-        pool = RolloutPool(
-            engine_settings(recipe, learner_device, rollout_device),
-            recipe.rollout.num_workers,
-            recipe.rollout.timeout_s,
-            recipe.rollout.max_restarts,
-            resources=_worker_resources(recipe, rollout_device),
-        )
         pool.start()
-        learners = LearnerGroup(recipe, learner_device)
-        sizes = learners.build(str(checkpoint.path.resolve()) if checkpoint else None)
         pool.wait()
-        sync = WeightSync(pool, learners, mode=_sync_mode(recipe))
-        sync.policy_version = checkpoint.policy_version if checkpoint else 0
-        pool.on_replaced = sync.repeat
-        if checkpoint or recipe.lora.enabled:
-            sync(sync.policy_version)
-        cluster = Cluster(learners, pool, sync, learner_device, rollout_device, sizes)
-        yield cluster
+        if adapter and adapter.exists():
+            files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
+
+            def load_adapter() -> None:
+                pool.call_all("load_adapter", files, 1)
+
+            pool.on_replaced = load_adapter
+            load_adapter()
+        yield pool
     finally:
-        if pool is not None:
-            pool.stop()
-        if learners is not None:
-            learners.stop()
-        ray.shutdown()
+        pool.stop()
+
+
+def new_pool(recipe: Recipe, settings: EngineSettings) -> RolloutPool:
+    rollout = recipe.rollout
+    return RolloutPool(
+        settings, rollout.num_workers, rollout.timeout_s, rollout.max_restarts,
+        resources=_worker_resources(recipe, settings.device),
+    )  # fmt: skip
+
+
+def num_gpus() -> int:
+    """Of the Ray cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def start_ray(recipe: Recipe) -> None:
@@ -117,13 +161,19 @@ def start_ray(recipe: Recipe) -> None:
     ray.init(**options)
 
 
-def check_gpus(recipe: Recipe, learner_device: str, rollout_device: str, available: int) -> None:
-    """Refuses a recipe that asks for more GPUs than `available`."""
-    needed = 0
-    if learner_device == "cuda":
-        needed += recipe.learner.num_processes
-    if rollout_device == "cuda":
-        needed += recipe.rollout.num_workers * recipe.rollout.tensor_parallel_size
+def check_gpus(
+    recipe: Recipe, learner_device: str, rollout_device: str, available: int, *,
+    in_turns: bool = False,
+) -> None:  # fmt: skip
+    """Refuses a recipe that asks for more GPUs than `available`.
+
+    Args:
+        in_turns: learners and workers are never there at the same time.
+    """
+    learners = recipe.learner.num_processes if learner_device == "cuda" else 0
+    workers = recipe.rollout.num_workers * recipe.rollout.tensor_parallel_size
+    workers = workers if rollout_device == "cuda" else 0
+    needed = max(learners, workers) if in_turns else learners + workers
     rewards = sum(term.options.get("device") == "cuda" for term in recipe.rewards.values())
     needed += rewards
     if needed > available:

@@ -9,10 +9,9 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,10 @@ from omegaconf import OmegaConf
 from posttrain.config import to_yaml
 from posttrain.data.rows import Row
 from posttrain.schema import Recipe
+from posttrain.train.checkpoints import Checkpoints
 from posttrain.types import Group, RewardResult
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A finished checkpoint: its folder, the steps done, and the policy version."""
-
-    path: Path
-    step: int
-    policy_version: int
 
 
 class RunFolder:
@@ -45,9 +36,10 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         self.path, self.resumed = _choose(recipe)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self.latest_checkpoint() if self.resumed else None
+        self.checkpoints = Checkpoints(self.path, recipe.training.save_total_limit)
+        self.checkpoint = self.checkpoints.latest() if self.resumed else None
         self.recipe = recipe
-        if self.checkpoint:
+        if self.checkpoint or (self.resumed and recipe.kind in WITHOUT_CHECKPOINT):
             _refuse_changed_recipe(self.path / "recipe.yaml", recipe)
         (self.path / "recipe.yaml").write_text(to_yaml(recipe))
         done = self.steps_done
@@ -92,34 +84,6 @@ class RunFolder:
                     }  # fmt: skip
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def new_checkpoint(self, step: int) -> Path:
-        """A folder to fill; `finish_checkpoint` makes it count."""
-        partial = self.path / "checkpoints" / f".step-{step:06d}.partial"
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        return partial
-
-    def finish_checkpoint(self, partial: Path, step: int, policy_version: int) -> Checkpoint:
-        """Renames the folder into place (atomic) and removes what exceeds `save_total_limit`."""
-        state = {"step": step, "policy_version": policy_version}
-        (partial / "state.json").write_text(json.dumps(state) + "\n")
-        final = self.path / "checkpoints" / f"step-{step:06d}"
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        limit = self.recipe.training.save_total_limit
-        for old in sorted((self.path / "checkpoints").glob("step-*"))[: -limit if limit else 0]:
-            shutil.rmtree(old)
-        return Checkpoint(final, step, policy_version)
-
-    def latest_checkpoint(self) -> Checkpoint | None:
-        folders = sorted((self.path / "checkpoints").glob("step-*"))
-        if not folders:
-            return None
-        state = json.loads((folders[-1] / "state.json").read_text())
-        return Checkpoint(folders[-1], state["step"], state["policy_version"])
-
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, which marks the run as finished."""
         partial = self.path / ".summary.json.partial"
@@ -160,10 +124,11 @@ def _choose(recipe: Recipe) -> tuple[Path, bool]:
     raise ValueError(f"run_name={name}: 999 runs of this name in {base}; choose another")
 
 
+WITHOUT_CHECKPOINT = ("ladder", "distill")  # kinds that do lasting work before there is one
 FREE_TO_CHANGE = (
     "resume", "report_to", "output_dir", "rollout.", "training.max_steps", "training.learning_rate",
     "training.save_", "training.eval_steps", "training.max_skipped_steps",
-    "evaluation.bootstrap_samples",
+    "evaluation.bootstrap_samples", "gates",
 )  # fmt: skip
 
 

@@ -55,13 +55,16 @@ class LearnerWeights:
 
 
 def full_weights(core: nn.Module, zero_stage: int, *, keep: bool) -> dict[str, torch.Tensor]:
-    """All weights on the CPU under canonical names, gathered one by one.
+    """All weights on the CPU under canonical names, gathered one by one; an adapter's stay out.
 
     Args:
         keep: False on ranks that only help to gather; they get an empty dict.
     """
     weights = {}
     for name, parameter in core.named_parameters():
+        if "lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
         with gathered([parameter], zero_stage):
             if keep:
                 weights[canonical_key(name)] = parameter.detach().cpu().clone().contiguous()

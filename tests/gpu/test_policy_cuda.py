@@ -7,7 +7,7 @@ import torch
 
 from posttrain.model.flex_prefix import bucket, flex_prefix_attention
 from posttrain.model.load import load_model
-from posttrain.model.policy import GroupTensors, Policy
+from posttrain.model.policy import GroupTensors, Policy, group_logprobs
 from posttrain.model.shared_prefix import packed_layout, sdpa_prefix_attention
 
 pytestmark = [
@@ -28,7 +28,7 @@ def test_logprobs_on_cuda_equal_those_on_cpu(nano: str, shared_prefix: bool) -> 
         policy = Policy(model, shared_prefix=shared_prefix).to(device)
         group = GroupTensors(prompt.to(device), (ids * mask).to(device), mask.to(device))
         with torch.no_grad():
-            ((logprobs, _),) = policy([group], temperature=1.0)
+            ((logprobs, _),) = group_logprobs(policy, [group], temperature=1.0)
         results.append(logprobs.cpu())
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 

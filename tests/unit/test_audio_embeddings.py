@@ -173,3 +173,13 @@ def test_a_stored_clip_is_refused_where_it_is_too_long(
     store(None)(noise_clip)
     with pytest.raises(ValueError, match=r"2.5 s is longer than max_audio_len 2 s"):
         store(2.0)(noise_clip)
+
+
+def test_a_missing_clip_leaves_the_random_numbers_alone(
+    nano: str, noise_clip: str, tmp_path: Path
+) -> None:
+    """A run with a cold store must be the run with a warm one, dropout included."""
+    settings = AudioStoreSettings(nano, StoredAudio.EMBEDDINGS, "float32", str(tmp_path), 1.0)
+    before = torch.get_rng_state()
+    AudioEmbeddings(settings, "cpu")(noise_clip)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -61,7 +61,7 @@ def test_resolved_yaml_gives_the_same_recipe(tmp_path: Path) -> None:
         ("training.max_steps=many", "training.max_steps"),
         ("learner=4", "is a section"),
         ("learner.zero_stage=1", "must be one of"),
-        ("kind=sft", "not in this version"),
+        ("kind=sfft", "must be one of grpo, sft"),
         ("model.path=hf_abcdefghijklmnop", "environment variable"),
         ("rollout.weight_sync=full", "use auto"),
         ("noequals", "key=value"),

@@ -10,12 +10,19 @@ LAYERS = (
     ("posttrain.types",),
     ("posttrain.data",),
     ("data_recipes", "reward_models"),
-    ("posttrain.schema", "posttrain.config"),
+    ("posttrain.schema", "posttrain.recipe_rules", "posttrain.config"),
     ("posttrain.model",),
     ("posttrain.rollout",),
+    ("posttrain.evaluate",),
     ("posttrain.algorithm",),
     ("posttrain.train",),
-    ("posttrain.doctor", "posttrain.quickstart", "posttrain.score"),
+    (
+        "posttrain.doctor",
+        "posttrain.quickstart",
+        "posttrain.score",
+        "posttrain.inspect_rows",
+        "posttrain.select_rows",
+    ),
     ("posttrain.cli",),
 )
 

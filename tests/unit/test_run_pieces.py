@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import load_recipe
+from posttrain.evaluate.held_out import RowScore, bootstrap_ci95, compare
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches
 from posttrain.train.grpo import GrpoLoop, sampling_seed
-from posttrain.train.held_out import RowScore, bootstrap_ci95, compare
 from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
 from posttrain.train.schedule import lr_factor
@@ -59,7 +59,7 @@ def test_data_mistakes_are_named(recipe_file: Path, timelines: Path) -> None:
     chat = timelines / "chat.jsonl"
     chat.write_text('{"id": "c", "prompt": "Hello?"}\n')
     text_only = load_recipe(recipe_file, [f"data.train.main.path={chat}"])
-    with pytest.raises(ValueError, match="needs a clip a row"):
+    with pytest.raises(ValueError, match="needs a clip"):
         PromptBatches.from_recipe(text_only)
 
 
@@ -69,10 +69,10 @@ def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) 
     assert first.path.name == "tiny" and not first.resumed
     for step in (1, 2, 3):
         first.log({"x": 1.0}, step)
-    partial = first.new_checkpoint(2)
+    first.checkpoints.begin(2)
     assert RunFolder(recipe).steps_done == 0, "a partial checkpoint does not count"
     first.log({"x": 1.0}, 1)
-    first.finish_checkpoint(partial, 2, policy_version=2)
+    first.checkpoints.finish(2, policy_version=2)
     with (first.path / "metrics.jsonl").open("a") as out:
         out.write('{"step": 3, "x"')
     again = RunFolder(recipe)
@@ -91,7 +91,8 @@ def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) 
 def test_old_checkpoints_are_removed_and_runs_moved_aside(recipe_file: Path) -> None:
     run = RunFolder(load_recipe(recipe_file))
     for step in (1, 2, 3):
-        run.finish_checkpoint(run.new_checkpoint(step), step, step)
+        run.checkpoints.begin(step)
+        run.checkpoints.finish(step, step)
     kept = sorted(p.name for p in (run.path / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000003"]
     assert move_aside(run.path) == run.path.with_name("tiny-old-1")
@@ -124,7 +125,9 @@ def test_learning_rate_schedule_by_hand(recipe_file: Path) -> None:
 
 def test_held_out_comparison_is_paired() -> None:
     def scores(values: list[float]) -> list[RowScore]:
-        return [RowScore(str(i), v, v, v, "", False) for i, v in enumerate(values)]
+        return [
+            RowScore(str(i), "miou", {"miou": (v, 1.0)}, v, "", False) for i, v in enumerate(values)
+        ]
 
     result = compare(scores([0.1, 0.5, 0.3]), scores([0.3, 0.7, 0.5]), 500)
     assert result["n"] == 3 and result["metric"] == "miou"

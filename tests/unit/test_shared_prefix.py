@@ -10,7 +10,7 @@ from posttrain.model import shared_prefix
 from posttrain.model.flex_prefix import bucket, flex_prefix_attention, prefix_block_mask
 from posttrain.model.load import load_model, load_processor
 from posttrain.model.lora import add_lora
-from posttrain.model.policy import GroupTensors, Policy
+from posttrain.model.policy import GroupTensors, Policy, group_logprobs
 from posttrain.model.prefix_check import (
     GRADIENT_TOLERANCES,
     LOGPROB_TOLERANCES,
@@ -55,7 +55,7 @@ def groups(processor: object) -> list[GroupTensors]:
 def gradients(policy: Policy, groups: list[GroupTensors]) -> tuple[list, dict]:
     """Outputs, and gradients of a loss with a weight of its own for every token."""
     policy.zero_grad()
-    outputs = policy(groups, temperature=0.7)
+    outputs = group_logprobs(policy, groups, temperature=0.7)
     generator = torch.Generator().manual_seed(3)
     loss = sum((lp * torch.randn(lp.shape, generator=generator)).sum() for lp, _ in outputs)
     loss.backward()  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def test_logprobs_equal_plain_transformers(
     plain = load_model(nano)
     policy = Policy(load_model(nano), shared_prefix=packed)
     with torch.no_grad():
-        outputs = policy(groups, temperature=0.7)
+        outputs = group_logprobs(policy, groups, temperature=0.7)
         for inputs, (logprobs, entropy) in zip(groups, outputs, strict=True):
             for i, length in enumerate(inputs.lengths):
                 ids = inputs.completion_ids_GT[i, :length]
@@ -193,7 +193,7 @@ def test_a_completion_sees_neither_siblings_nor_other_groups(
 
     def first_completion(changed: list[GroupTensors]) -> torch.Tensor:
         with torch.no_grad():
-            return policy(changed, temperature=1.0)[0][0][0]
+            return group_logprobs(policy, changed, temperature=1.0)[0][0][0]
 
     start = first_completion(groups)
     sibling = group(processor, 23.0, LENGTHS)
@@ -220,7 +220,7 @@ def test_a_sampled_sound_token_stays_a_token(nano: str, processor: object) -> No
     for packed in (True, False):
         policy = Policy(load_model(nano), shared_prefix=packed)
         with torch.no_grad():
-            outputs.append(policy([inputs], temperature=1.0))
+            outputs.append(group_logprobs(policy, [inputs], temperature=1.0))
     torch.testing.assert_close(outputs[0][0][0], outputs[1][0][0], atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,175 @@
+"""Held-out evaluation: free-running greedy answers, per-row metrics, paired bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.rows import Row
+from posttrain.evaluate.row_metrics import Contribution, main_metric, row_metrics
+from posttrain.types import Completion, Group, PromptRequest, Reward, SamplingSettings
+from reward_models.scoring import score_all
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One held-out answer.
+
+    Attributes:
+        metrics: name -> (sum, weight), see `row_metrics`.
+        reward: of the recipe; None where it has none, or the answer has no reward.
+    """
+
+    row_id: str
+    metric: str
+    metrics: Mapping[str, Contribution]
+    reward: float | None
+    text: str
+    truncated: bool
+
+    def value(self, name: str) -> float | None:
+        """The row's own value of a metric."""
+        total, weight = self.metrics.get(name, (0.0, 0.0))
+        return total / weight if weight else None
+
+
+def greedy_scores(
+    rows: Sequence[Row],
+    reward: Reward | None,
+    generate: Callable[[Sequence[PromptRequest], SamplingSettings], list[Group]],
+    max_tokens: int,
+    timeout_s: float = 60.0,
+) -> list[RowScore]:
+    """Answers every row greedily; a truncated answer has metrics, but no reward."""
+    requests = [PromptRequest(f"eval/{r.id}", r.id, r.prompt, r.audio, 0) for r in rows]
+    groups = generate(requests, SamplingSettings(0.0, max_tokens))
+    answers = [(row, g.completions[0]) for row, g in zip(rows, groups, strict=True)]
+    rewards: list[float | None] = [None] * len(rows)
+    if reward is not None:
+        rewards = [result.value for result in score_all(reward, answers, timeout_s=timeout_s)]
+    return [
+        _score(row, completion, value)
+        for (row, completion), value in zip(answers, rewards, strict=True)
+    ]
+
+
+def _score(row: Row, completion: Completion, value: float | None) -> RowScore:
+    return RowScore(
+        row.id, main_metric(row.task), row_metrics(row, completion), value,
+        completion.text, completion.truncated,
+    )  # fmt: skip
+
+
+def means(scores: Sequence[RowScore]) -> dict[str, float]:
+    """Every metric over the rows that have it, and the mean reward where there is one."""
+    names = dict.fromkeys(name for score in scores for name in score.metrics)
+    out = {name: metric_of([s.metrics.get(name) for s in scores]) for name in names}
+    rewards = [s.reward for s in scores if s.reward is not None]
+    return out | ({"reward": float(np.mean(rewards))} if rewards else {})
+
+
+def means_by_source(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of a run's `held_out/*.json`: source -> metrics."""
+    sources = {name: scores for name, scores in record.items() if name != "step"}
+    return {name: means(from_records(scores)) for name, scores in sources.items()}
+
+
+def metric_of(contributions: Sequence[Contribution | None]) -> float:
+    """Sum of sums over sum of weights; NaN where no row has the metric."""
+    known = [c for c in contributions if c is not None]
+    weight = sum(w for _, w in known)
+    return sum(s for s, _ in known) / weight if weight else float("nan")
+
+
+def bootstrap_ci95(values: Sequence[float], num_samples: int, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(array), (num_samples, len(array)))
+    low, high = np.percentile(array[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(
+    before: Sequence[RowScore], after: Sequence[RowScore], num_samples: int
+) -> dict[str, Any]:
+    """The `held_out` record of summary.json: paired over the same rows, by their task's metric.
+
+    Rows of several tasks are compared by the metric that most of them have; the others are in the
+    means.
+    """
+    if [s.row_id for s in before] != [s.row_id for s in after]:
+        raise ValueError("held-out rows before and after differ; evaluate the same rows")
+    names = [score.metric for score in before]
+    metric = max(sorted(set(names)), key=names.count)
+    pairs = [
+        (*a.metrics[metric], *b.metrics[metric])
+        for a, b in zip(before, after, strict=True)
+        if metric in a.metrics and metric in b.metrics
+    ]
+    record = {
+        "n": len(pairs), "metric": metric, "before": means(before), "after": means(after),
+    }  # fmt: skip
+    if not pairs:
+        return record
+    mean, low, high = paired_difference(np.asarray(pairs), num_samples)
+    return record | {"paired_diff": {"mean": mean, "ci95": [low, high]}}
+
+
+def paired_difference(
+    pairs_N4: np.ndarray, num_samples: int, seed: int = 0
+) -> tuple[float, float, float]:
+    """(after - before, low, high): percentile bootstrap over rows of a difference of ratios.
+
+    Args:
+        pairs_N4: sum and weight before, sum and weight after, of every row.
+    """
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
+
+    count = len(pairs_N4)
+    picks = np.random.default_rng(seed).integers(0, count, (num_samples, count))
+    drawn = np.stack([pairs_N4[pick].sum(axis=0) for pick in picks])
+    low, high = np.percentile(difference(drawn), [2.5, 97.5])
+    return float(difference(pairs_N4.sum(axis=0))), float(low), float(high)
+
+
+def summary_of(
+    load_json: Callable[[str], Any], held_out: Iterable[str], reported: Iterable[str],
+    num_samples: int,
+) -> dict[str, Any]:  # fmt: skip
+    """`held_out` for the sources that count, `reported` for those that gate nothing.
+
+    Args:
+        load_json: reads `held_out/before.json` and `held_out/after.json` of a run, None if missing.
+    """
+    before, after = (load_json(f"held_out/{when}.json") for when in ("before", "after"))
+    if not (before and after):
+        return {}
+
+    def compared(names: Sequence[str]) -> dict[str, Any]:
+        pair = [from_records([r for n in names for r in record[n]]) for record in (before, after)]
+        return compare(pair[0], pair[1], num_samples)
+
+    out: dict[str, Any] = {}
+    if names := list(held_out):
+        out["held_out"] = compared(names)
+        if len(names) > 1:
+            out["by_source"] = {name: compared([name]) for name in names}
+    if names := list(reported):
+        out["reported"] = {name: compared([name]) for name in names}
+    return out
+
+
+def to_records(scores: Sequence[RowScore]) -> list[dict[str, Any]]:
+    return [asdict(score) for score in scores]
+
+
+def from_records(records: Sequence[Mapping[str, Any]]) -> list[RowScore]:
+    return [
+        RowScore(**{**r, "metrics": {name: (c[0], c[1]) for name, c in r["metrics"].items()}})
+        for r in records
+    ]

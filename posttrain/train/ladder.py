@@ -1,0 +1,110 @@
+"""A ladder: recipes one after the other, each from where the one before ended, on the same rows.
+
+    base --stage 1--> checkpoint --stage 2--> checkpoint ...      every one scored on data.held_out
+
+    posttrain run recipes/nano/ladder.yaml
+
+Stages are ordinary runs in RUN/stages/NAME; finished ones are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from posttrain.config import load_recipe
+from posttrain.model.lora import merge_adapter
+from posttrain.recipe_rules import validate
+from posttrain.schema import Recipe
+from posttrain.train.kinds import run_recipe
+from posttrain.train.run_folder import RunFolder
+from posttrain.types import GateFailed
+from reward_models.names import REWARD_NAMES
+
+
+def climb(recipe: Recipe) -> Path:
+    """Runs, or continues, all stages; returns the run folder.
+
+    Raises:
+        GateFailed: a stage did not pass its gates; the next one does not start from it.
+    """
+    stages = stage_recipes(recipe, Path(recipe.output_dir))
+    run = RunFolder(recipe)
+    started = time.monotonic()
+    model = recipe.model.path
+    records: list[dict[str, Any]] = []
+    for name in stages:
+        folder = run.path / "stages" / name
+        if not (folder / "summary.json").exists():
+            Console().rule(f"{run.path.name}: {name}")
+            stage = stage_recipes(recipe, run.path, model)[name]
+            run_recipe(stage)
+        summary = json.loads((folder / "summary.json").read_text())
+        if failed := [gate["name"] for gate in summary.get("gates", ()) if not gate["passed"]]:
+            raise GateFailed(f"stage {name}: {', '.join(failed)} (run folder: {folder})")
+        compared = summary["held_out"]
+        score = {when: compared[when][compared["metric"]] for when in ("before", "after")}
+        if not records:
+            records.append({"name": "base", "score": score["before"], "model": model})
+        model = final_model(folder, model)
+        records.append({
+            "name": name, "score": score["after"], "paired_diff": compared["paired_diff"],
+            "before": compared["before"], "after": compared["after"], "model": model,
+            "wall_s": summary.get("wall_s"),
+        })  # fmt: skip
+    summary = {
+        "run": run.path.name, "kind": "ladder", "metric": compared["metric"], "n": compared["n"],
+        "seed": recipe.seed, "stages": records, "wall_s": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    run.finish(summary)
+    show(summary)
+    return run.path
+
+
+def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[str, Recipe]:
+    """Every stage's recipe, checked; all of them before the first starts.
+
+    Raises:
+        ValueError: the stage's file or key, the value and the fix.
+    """
+    shared = [f"seed={recipe.seed}", f"output_dir={out / 'stages'}"]
+    stages = {}
+    for name, stage in recipe.stages.items():
+        own = [f"run_name={name}", f"model.path={model or recipe.model.path}", *stage.overrides]
+        one = load_recipe(stage.recipe, [*shared, *own])
+        one.data.held_out, one.data.reported = recipe.data.held_out, recipe.data.reported
+        one.evaluation = recipe.evaluation
+        validate(one, REWARD_NAMES)
+        stages[name] = one
+    return stages
+
+
+def final_model(folder: Path, base: str) -> str:
+    """The last checkpoint of a run as a whole model; an adapter is merged into its base once."""
+    last = max((folder / "checkpoints").glob("step-*"))
+    model = str((last / "model").resolve()) if (last / "model").exists() else base
+    if not (last / "adapter").exists():
+        return model
+    merged = folder / "merged"
+    if not merged.exists():
+        merge_adapter(model, last / "adapter", merged)
+    return str(merged.resolve())
+
+
+def show(summary: dict[str, Any]) -> None:
+    table = Table(title=f"{summary['run']}: held-out {summary['metric']}, n={summary['n']}, greedy")
+    for column in ("stage", summary["metric"], "against the stage before, 95 %", "minutes"):
+        table.add_column(column)
+    for stage in summary["stages"]:
+        gain = ""
+        if "paired_diff" in stage:
+            low, high = stage["paired_diff"]["ci95"]
+            gain = f"{stage['paired_diff']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        minutes = f"{stage['wall_s'] / 60:.1f}" if stage.get("wall_s") else ""
+        table.add_row(stage["name"], f"{stage['score']:.3f}", gain, minutes)
+    Console().print(table)

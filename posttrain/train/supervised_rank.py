@@ -1,0 +1,388 @@
+"""A DeepSpeed rank of SFT and DPO: TRL's SFTTrainer around packed groups.
+
+    objective --collate--> packed groups --policy--> log-probabilities --loss--> SFTTrainer's step
+
+Loop, schedule, data order, accumulation and DeepSpeed are transformers' and TRL's. Three things are
+posttrain's: batches are packed groups that share clips, held-out sets are scored exactly (sums over
+all ranks), and checkpoints are canonical safetensors, where DeepSpeed's own are pickles.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback, TrainerControl
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.model.policy import GroupTensors, Policy, group_logprobs
+from posttrain.schema import Recipe
+from posttrain.train.batches import StepOrder, training_pairs, training_rows
+from posttrain.train.checkpoints import Checkpoints
+from posttrain.train.deepspeed_config import deepspeed_config
+from posttrain.train.objectives import Batch, DpoObjective, Objective, SftObjective
+from posttrain.train.optimizer_state import load_rank_state, load_rng_state
+from posttrain.train.policy_rank import PolicyRank
+from posttrain.train.schedule import lr_factor
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class TrainedPolicy(Policy):
+    """The policy with what Trainer asks of a transformers model, answered for the one inside."""
+
+    @property
+    def config(self) -> Any:
+        return self.core.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.core.generation_config
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.core.lm_head
+
+    def add_model_tags(self, tags: Any) -> None:
+        """Cards are written by posttrain."""
+
+
+class SupervisedRank(PolicyRank):
+    """Holds the policy and its trainer; `train` runs to the end, `new_logs` answers meanwhile."""
+
+    policy_class = TrainedPolicy
+
+    def build(self, resume_dir: str | None = None) -> dict[str, int]:
+        """Loads the policy (or a checkpoint of it) and the data; returns sizes."""
+        _tell_accelerate(self.device)
+        sizes = self.load(Path(resume_dir) if resume_dir else None)
+        self.logs: deque[tuple[int, dict[str, float]]] = deque()
+        self.objective = self._objective()
+        model, adapter_alone = self.recipe.model, self.recipe.lora.enabled
+        if model.train_encoder or model.train_projector:
+            adapter_alone = False  # switching the adapter off would not bring the start back
+        if self.recipe.kind == "dpo" and not adapter_alone:
+            self.reference = self.build_reference()
+        return sizes | {"num_items": self.objective.items()}
+
+    def _objective(self) -> Objective:
+        recipe = self.recipe
+        if recipe.kind == "dpo":
+            pairs, held_out_pairs = training_pairs(recipe)
+            return DpoObjective(pairs, held_out_pairs, recipe.dpo, self.audio_inputs)
+        rows, held_out = training_rows(recipe, check=False)  # the controller has checked them
+        answered = {name: [r for r in part if r.answer.strip()] for name, part in held_out.items()}
+        return SftObjective(rows, answered, recipe.training.rows_per_clip, self.audio_inputs)
+
+    def train(self, run_dir: str, resume_dir: str | None) -> None:
+        """Runs the recipe's steps; checkpoints and held-out losses fall due on the way."""
+        checkpoints = Checkpoints(Path(run_dir), self.recipe.training.save_total_limit)
+        self.trainer = PackedTrainer(self, checkpoints, resumed=resume_dir is not None)
+        self.trainer.train(resume_from_checkpoint=resume_dir)
+
+    def new_logs(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, metrics) logged since the last call; rank 0 has them."""
+        return [self.logs.popleft() for _ in range(len(self.logs))]
+
+
+class PackedTrainer(SFTTrainer):
+    """SFTTrainer on batches of packed groups."""
+
+    control: TrainerControl
+    lr_scheduler: Any
+
+    def __init__(self, rank: SupervisedRank, checkpoints: Checkpoints, *, resumed: bool) -> None:
+        self.rank, self.objective, self.checkpoints = rank, rank.objective, checkpoints
+        super().__init__(
+            rank.policy,
+            trainer_arguments(rank.recipe, rank.device.type, checkpoints.folder, resumed=resumed),
+            data_collator=self._collated,
+            train_dataset=Dataset.from_dict({"item": range(self.objective.items())}),
+            eval_dataset=Dataset.from_dict({"item": [0]}),  # `evaluate` has the real ones
+            processing_class=rank.processor,
+            callbacks=[_StopWhenSkipping(self), *([_Log(rank)] if rank.rank == 0 else [])],
+        )
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the items of a batch
+        if self.args.world_size != rank.world_size:
+            raise RuntimeError(
+                f"accelerate sees {self.args.world_size} processes, there are {rank.world_size}; "
+                "another version of accelerate? The locked one is in requirements/"
+            )
+
+    def _collated(self, items: list[dict[str, int]]) -> dict[str, Any]:
+        batch = self.objective.collate([item["item"] for item in items])
+        # Trainer counts these over accumulation steps and ranks: the batch's number of items
+        counted = torch.zeros(batch.num_items, dtype=torch.long)
+        return {"batch": batch, "labels": counted, "shift_labels": counted}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The order is a function of the step alone, so a resumed run goes on where it was."""
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=RankBatches(self.rank.recipe, self.objective.items(), self.rank.rank),
+            collate_fn=self.data_collator,
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Sum over this rank's items by the number of items of the whole batch.
+
+        DeepSpeed averages gradients over ranks, hence the factor.
+        """
+        batch: Batch = inputs["batch"]
+        verified = self.rank.verify(batch.groups[0].to(self.rank.device))
+        for name, difference in verified.items():
+            self._metrics["train"][name].append(difference)
+        total = batch.num_items if num_items_in_batch is None else float(num_items_in_batch)
+        loss, sums = self._loss(model, batch, total / dist.get_world_size())
+        for name, value in sums.items():
+            self._metrics["train"][name].append(self._over_ranks(value) / total)
+        return loss
+
+    def _loss(
+        self, model: Any, batch: Batch, denominator: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        groups = [group.to(self.rank.device) for group in batch.groups]
+        moved = Batch(groups, batch.num_items, batch.details)
+
+        def forward(groups: Sequence[GroupTensors]) -> Any:
+            return group_logprobs(model, groups, temperature=1.0)
+
+        return self.objective.loss(moved, forward, self.reference_logprobs, denominator)
+
+    def reference_logprobs(self, groups: Sequence[GroupTensors]) -> Any:
+        self.rank.engine = self.model_wrapped
+        return self.rank.reference_logprobs(groups, temperature=1.0)
+
+    def _over_ranks(self, value: torch.Tensor) -> float:
+        total = value.detach().double().to(self.rank.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Metrics of accumulation steps add up: each is a share of the whole batch's."""
+        summed = {name: sum(shares) for name, shares in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        super().log(logs | summed, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Held-out loss and metrics of every set, exact over ranks whatever the batches."""
+        self.model_wrapped.eval()
+        metrics: dict[str, float] = {}
+        for name, held_out in self.objective.held_out.items():
+            sums: dict[str, float] = defaultdict(float)
+            for numbers in self._shares(len(held_out)):
+                # a rank that has run out keeps the others company, as ZeRO-3 needs, for nothing
+                batch = self.objective.collate(numbers or [0], name)
+                loss, parts = self._loss(self.model_wrapped, batch, 1.0)
+                counted: dict[str, Any] = {"loss": loss, "items": batch.num_items, **parts}
+                for key, value in counted.items():
+                    sums[key] += float(value) if numbers else 0.0
+            keys = sorted(sums)
+            total = torch.tensor([sums[k] for k in keys], dtype=torch.float64)
+            total = total.to(self.rank.device)
+            dist.all_reduce(total)
+            values = dict(zip(keys, total.tolist(), strict=True))
+            items = values.pop("items")
+            metrics |= {f"eval_{name}_{key}": value / items for key, value in values.items()}
+        self.model_wrapped.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _shares(self, num_items: int) -> list[list[int]]:
+        """This rank's batches: every item on one rank, equally many (some empty) on all."""
+        size = self.args.per_device_train_batch_size
+        rank, ranks = self.rank.rank, self.rank.world_size
+        mine = list(range(rank, num_items, ranks))
+        most = math.ceil(math.ceil(num_items / ranks) / size)
+        return [mine[i * size : (i + 1) * size] for i in range(most)]
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All ranks write into one folder; rank 0 renames it when everything is there."""
+        step = self.state.global_step
+        folder = self.checkpoints.partial(step)
+        if self.rank.rank == 0:
+            self.checkpoints.begin(step)
+        dist.barrier()
+        self.rank.engine = self.model_wrapped
+        self.rank.save(str(folder))
+        if self.rank.rank == 0:
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+        dist.barrier()
+        if self.rank.rank == 0:
+            self.checkpoints.finish(step, policy_version=1)
+        dist.barrier()
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Trainer's own, then this rank's optimizer state: weights came with the policy."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            load_rank_state(self.model_wrapped, self._rank_state(resume_from_checkpoint))
+            for _ in range(self.state.global_step):  # what accelerate wraps, its own does nothing
+                self.model_wrapped.lr_scheduler.step()
+        return prepared
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """Trainer's own; how often to save and evaluate is the recipe's, not the checkpoint's."""
+        found = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng_state(self._rank_state(checkpoint))
+
+    def _rank_state(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / "optimizer" / f"rank-{self.rank.rank:05d}.safetensors"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """posttrain's schedule, the same in every kind of run."""
+        if self.lr_scheduler is None:
+            recipe = self.rank.recipe
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: lr_factor(recipe, step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+class RankBatches(Sampler[list[int]]):
+    """What a rank forwards: every step's items dealt out to the ranks, so many at once.
+
+    The whole run is one epoch of Trainer's; `StepOrder` has the real ones.
+    """
+
+    def __init__(self, recipe: Recipe, num_items: int, rank: int) -> None:
+        training = recipe.training
+        self.order = StepOrder(
+            num_items, training.prompts_per_step, recipe.seed, recipe.data.shuffle
+        )
+        self.steps, self.size = training.max_steps, training.per_device_train_batch_size
+        self.rank, self.ranks = rank, recipe.learner.num_processes
+
+    def __len__(self) -> int:
+        return self.steps * (self.order.per_step // (self.ranks * self.size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            mine = self.order.step(step)[self.rank :: self.ranks]
+            for first in range(0, len(mine), self.size):
+                yield mine[first : first + self.size]
+
+
+class _StopWhenSkipping(TrainerCallback):
+    """DeepSpeed leaves the weights alone when gradients are not finite; too often ends the run."""
+
+    def __init__(self, trainer: PackedTrainer) -> None:
+        self.trainer, self.in_a_row = trainer, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        optimizer = self.trainer.model_wrapped.optimizer
+        skipped = bool(getattr(optimizer, "overflow", False))
+        self.trainer._metrics["train"]["skipped"] = [float(skipped)]
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        limit = self.trainer.rank.recipe.training.max_skipped_steps
+        if self.in_a_row >= limit:
+            raise RuntimeError(
+                f"step {state.global_step}: gradients not finite for {limit} steps in a row "
+                "(training.max_skipped_steps); lower training.learning_rate and resume"
+            )
+
+
+class _Log(TrainerCallback):
+    """Keeps what Trainer logs for the controller."""
+
+    def __init__(self, rank: SupervisedRank) -> None:
+        self.rank = rank
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if metrics := renamed(logs or {}, state.global_step, self.rank.recipe):
+            self.rank.logs.append((state.global_step, metrics))
+
+
+NOT_LOGGED = ("epoch", "step", "train_runtime", "train_samples_per_second",
+              "train_steps_per_second", "train_loss", "total_flos")  # fmt: skip
+
+
+def renamed(logs: Mapping[str, Any], step: int, recipe: Recipe) -> dict[str, float]:
+    """What Trainer logs, under posttrain's names; the learning rate is the one that was used."""
+    metrics = {}
+    for name, value in logs.items():
+        if name in NOT_LOGGED:
+            continue
+        if name.startswith("eval_"):
+            metrics[f"held_out/{name.removeprefix('eval_')}"] = float(value)
+        else:
+            metrics[name if "/" in name and "rewards/" not in name else f"train/{name}"] = float(
+                value
+            )
+    if "train/learning_rate" in metrics:
+        metrics["train/learning_rate"] = recipe.training.learning_rate * lr_factor(recipe, step - 1)
+    return metrics
+
+
+def _tell_accelerate(device: torch.device) -> None:
+    """Trainer asks accelerate who is there; on CPUs it would find one process and no DeepSpeed."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "TOKENIZERS_PARALLELISM": "false"}
+    if device.type == "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState(backend="gloo" if device.type == "cpu" else "nccl")
+
+
+def trainer_arguments(recipe: Recipe, device: str, folder: Path, *, resumed: bool) -> SFTConfig:
+    """The recipe in TRL's words."""
+    training, learner = recipe.training, recipe.learner
+    per_device = training.per_device_train_batch_size
+    accumulation = training.prompts_per_step // (learner.num_processes * per_device)
+    config = deepspeed_config(recipe, device) | {
+        "train_micro_batch_size_per_gpu": per_device,
+        "gradient_accumulation_steps": accumulation,
+    }
+    return SFTConfig(
+        str(folder),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.model.dtype == "bfloat16",
+        deepspeed=config,
+        gradient_checkpointing=False,  # the policy's layers have it switched on already
+        eval_strategy="steps",
+        eval_steps=training.eval_steps or training.max_steps,
+        eval_on_start=not resumed,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_num_workers=0,
+        accelerator_config={"use_configured_state": True},
+        logging_nan_inf_filter=False,
+        average_tokens_across_devices=True,
+    )

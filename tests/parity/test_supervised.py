@@ -1,0 +1,103 @@
+"""SFT and DPO under SFTTrainer and DeepSpeed: a step is the same however it is cut; resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_recipes.timestamp_pairs import make_pairs
+from posttrain.config import load_recipe
+from posttrain.data.pairs import write_pairs
+from posttrain.data.rows import read_rows
+from posttrain.train.supervised import train
+
+pytestmark = pytest.mark.slow
+SFT = ("kind=sft", "rewards={}", "training.max_steps=2", "training.warmup_ratio=0",
+       "training.lr_scheduler_type=linear", "training.learning_rate=1e-3",
+       "training.prompts_per_step=4", "training.max_grad_norm=1000000")  # fmt: skip
+
+
+def finish(recipe_file: Path, *overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Runs to the end: logged steps, and the last checkpoint's weights."""
+    folder = train(load_recipe(recipe_file, list(overrides)))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    last = max((folder / "checkpoints").glob("step-*"))
+    name = "adapter/adapter_model" if (last / "adapter").exists() else "model/model"
+    return metrics, load_file(last / f"{name}.safetensors")
+
+
+def relative(a: dict, b: dict, start: dict) -> float:
+    """Difference of two ends over the way from the start."""
+    difference = sum(float((a[n].double() - b[n].double()).square().sum()) for n in b)
+    return (difference / sum(float((b[n] - start[n]).double().square().sum()) for n in b)) ** 0.5
+
+
+def steps(metrics: list[dict], name: str) -> list[float]:
+    return [m[name] for m in metrics if name in m]
+
+
+@pytest.fixture
+def pairs_file(timelines: Path, tmp_path: Path) -> Path:
+    rows = [r for r in read_rows(timelines / "train.jsonl") if r.task.value != "absent"]
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(rows)[:24])
+    return tmp_path / "pairs.jsonl"
+
+
+CUTS = {
+    "one process, accumulated": ("training.per_device_train_batch_size=2",),
+    "two processes, ZeRO-2": ("learner.num_processes=2", "training.per_device_train_batch_size=2"),
+    "two processes, ZeRO-3, accumulated": ("learner.num_processes=2", "learner.zero_stage=3"),
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_supervised_step_is_the_same_however_it_is_cut(
+    recipe_file: Path, nano: str, pairs_file: Path, tmp_path: Path, kind: str
+) -> None:
+    """Against one process that forwards the whole batch at once: losses and weights."""
+    more: tuple[str, ...] = (f"kind={kind}",)
+    if kind == "dpo":
+        more += (f"data.train.main.path={pairs_file}", "dpo.beta=0.2", "dpo.sft_weight=0.1")
+    start = load_file(Path(nano) / "model.safetensors")
+    whole = ("training.per_device_train_batch_size=4", "run_name=whole")
+    expected, weights = finish(recipe_file, *SFT, *more, *whole)
+    losses = steps(expected, "train/loss")
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    for name, cut in CUTS.items():
+        run_name = f"run_name={len(list(tmp_path.glob('runs/*')))}"
+        metrics, end = finish(recipe_file, *SFT, *more, *cut, run_name)
+        difference = relative(end, weights, start)
+        print(f"{kind}, {name}: losses {steps(metrics, 'train/loss')}, weights {difference:.2e}")
+        assert steps(metrics, "train/loss") == pytest.approx(losses, rel=1e-4), name
+        norms = steps(metrics, "train/grad_norm")
+        assert norms == pytest.approx(steps(expected, "train/grad_norm"), rel=1e-3), name
+        assert difference <= 0.02, name
+
+
+def test_four_steps_equal_two_resumed_for_two(
+    recipe_file: Path, timelines: Path, tmp_path: Path
+) -> None:
+    """With a LoRA adapter, dropout, held-out losses and two ranks; killed right after step 2."""
+    options = (
+        *SFT, "training.max_steps=4", "training.save_steps=2", "training.eval_steps=2",
+        "lora.enabled=true", "lora.r=4", "lora.dropout=0.2", "learner.num_processes=2",
+        "run_name=four", "training.save_total_limit=null",
+    )  # fmt: skip
+    whole, expected = finish(recipe_file, *options)
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "runs" / "four", killed / "four")
+    shutil.rmtree(killed / "four" / "checkpoints" / "step-000004")
+    (killed / "four" / "summary.json").unlink()
+    resumed, weights = finish(recipe_file, *options, f"output_dir={killed}")
+    assert steps(resumed, "train/loss") == pytest.approx(steps(whole, "train/loss"), rel=1e-5)
+    assert steps(resumed, "train/learning_rate") == steps(whole, "train/learning_rate")
+    assert len(steps(whole, "train/loss")) == 4
+    start = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    difference = relative(weights, expected, start)
+    print(f"resumed: {difference:.2e}")
+    assert difference <= 1e-6

@@ -1,0 +1,160 @@
+"""Every nano recipe of supervised training and distillation: two steps on the real engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_recipes.timestamp_pairs import make_pairs
+from posttrain.cli import main
+from posttrain.config import load_recipe
+from posttrain.data.pairs import write_pairs
+from posttrain.data.rows import read_rows, write_rows
+from posttrain.train.kinds import run_recipe
+
+pytestmark = pytest.mark.slow
+NANO = Path(__file__).parents[2] / "recipes" / "nano"
+
+
+@pytest.fixture
+def small(timelines: Path, tmp_path: Path, nano: str) -> list[str]:
+    """Overrides that keep a nano recipe as it is, but for two steps on a few rows."""
+    for split in ("train", "test"):
+        rows = [r for r in read_rows(timelines / f"{split}.jsonl") if r.task.value == "grounding"]
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+        write_pairs(tmp_path / f"{split}_pairs.jsonl", make_pairs(rows)[:16])
+    return [
+        f"output_dir={tmp_path / 'runs'}", "report_to=[]", "training.max_steps=2",
+        "training.save_steps=2", "training.eval_steps=2", "training.prompts_per_step=4",
+        f"model.path={nano}", f"data.held_out.main.path={tmp_path / 'test.jsonl'}",
+    ]  # fmt: skip
+
+
+def run(name: str, small: list[str], *more: str) -> tuple[Path, dict]:
+    folder = run_recipe(load_recipe(NANO / name, [*small, *more]))
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["sft.yaml", "sft_full_zero3.yaml"])
+def test_sft(name: str, small: list[str], tmp_path: Path) -> None:
+    size = "training.per_device_train_batch_size=2"
+    folder, summary = run(name, small, f"data.train.main.path={tmp_path / 'train.jsonl'}", size)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [m["step"] for m in metrics if "train/loss" in m] == [1, 2]
+    held_out = [m["held_out/main_loss"] for m in metrics if "held_out/main_loss" in m]
+    assert len(held_out) == 2 and held_out[1] < held_out[0]
+    assert summary["held_out"]["n"] > 0 and "paired_diff" in summary["held_out"]
+    assert (folder / "checkpoints" / "step-000002" / "model" / "model.safetensors").exists()
+    assert summary["tokenizer"]["en"]["tokens_a_word"] > 0
+
+
+def test_dpo(small: list[str], tmp_path: Path) -> None:
+    _, summary = run(
+        "dpo_timestamps.yaml", small, f"data.train.main.path={tmp_path / 'train_pairs.jsonl'}",
+        f"data.held_out_pairs.main.path={tmp_path / 'test_pairs.jsonl'}",
+        "training.per_device_train_batch_size=2",
+    )  # fmt: skip
+    before, after = (summary["held_out_metrics"][when] for when in ("before", "after"))
+    assert before["held_out/main_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert after["held_out/main_loss"] < before["held_out/main_loss"]
+    assert 0 <= after["held_out/main_ranked_wrong"] <= 1
+    assert summary["pair_kinds"]["dropped"] > 0
+
+
+def test_temporal_cot_distillation(small: list[str], tmp_path: Path, nano: str) -> None:
+    """nano as its own teacher: most of its chains are rejected, each for a reason."""
+    folder, summary = run(
+        "temporal_cot_distill.yaml", small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
+        f"chains.teacher={nano}", "chains.min_true=0.3", "chains.min_answer=0.2",
+        "chains.num_chains=16", "chains.blind_samples=2", "training.prompts_per_step=2",
+        "training.per_device_train_batch_size=1",
+    )  # fmt: skip
+    report = summary["chains"]
+    assert report["kept"] >= 2 and report["chains"] == 16 * report["rows"]
+    counted = sum(report["rejected_chains"].values())
+    assert 0 < counted < report["chains"] and report["cited_times_a_chain"] >= 1
+    kept = read_rows(folder / "chains" / "rows.jsonl")
+    assert all("</think>" in row.answer for row in kept)
+    assert "chains" in json.loads((folder / "chains" / "report.json").read_text())
+
+
+def test_on_policy_distillation(small: list[str], tmp_path: Path, nano: str) -> None:
+    """With itself as teacher there is nothing to learn: reverse KL and gradients are 0."""
+    folder, _ = run(
+        "temporal_cot_on_policy.yaml", small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
+        f"teacher.path={nano}", "evaluation.num_rows=4",
+    )  # fmt: skip
+    first, *_ = (json.loads(line) for line in (folder / "metrics.jsonl").open())
+    assert abs(first["train/teacher_kl"]) <= 1e-5
+    assert first["train/grad_norm"] <= 1e-3
+
+
+def test_a_ladder_climbs_from_stage_to_stage(small: list[str], tmp_path: Path, nano: str) -> None:
+    file = tmp_path / "ladder.yaml"
+    rows, pairs = tmp_path / "train.jsonl", tmp_path / "train_pairs.jsonl"
+    step = "training.max_steps=1, training.save_steps=1, training.prompts_per_step=4"
+    file.write_text(
+        f"""
+kind: ladder
+output_dir: {tmp_path / "runs"}
+model: {{path: {nano}}}
+data: {{held_out: {{main: {{path: {tmp_path / "test.jsonl"}}}}}}}
+stages:
+  adapter:
+    recipe: {NANO / "sft.yaml"}
+    overrides: [{step}, lora.enabled=true, data.train.main.path={rows}]
+  preferred:
+    recipe: {NANO / "dpo_timestamps.yaml"}
+    overrides: [{step}, training.per_device_train_batch_size=2, data.train.main.path={pairs},
+                "data.held_out_pairs.main.path={tmp_path / "test_pairs.jsonl"}"]
+"""
+    )
+    assert main(["run", str(file)]) == 0
+    summary = json.loads((tmp_path / "runs" / "ladder" / "summary.json").read_text())
+    base, adapter, preferred = summary["stages"]
+    assert [s["name"] for s in summary["stages"]] == ["base", "adapter", "preferred"]
+    assert base["model"] == nano and adapter["model"].endswith("merged")
+    assert adapter["score"] == pytest.approx(preferred["before"]["miou"]), "the merged model is it"
+    assert {"mean", "ci95"} <= preferred["paired_diff"].keys()
+
+
+def test_a_gate_that_fails_marks_the_checkpoint_and_exits_with_3(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        *small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
+        "training.per_device_train_batch_size=2", "training.max_steps=1", "training.save_steps=1",
+        "gates.times.source=main", "gates.times.metric=miou", "gates.times.worst=1.0",
+    ]  # fmt: skip
+    assert main(["run", str(NANO / "sft.yaml"), *options]) == 3
+    assert "gate: times: miou of main" in capsys.readouterr().err
+    (gate,) = json.loads(
+        (tmp_path / "runs" / "sft" / "checkpoints" / "step-000001" / "gates.json").read_text()
+    )
+    assert gate["passed"] is False and "at least 1 demanded" in gate["broken"][0]
+    summary = json.loads((tmp_path / "runs" / "sft" / "summary.json").read_text())
+    assert summary["gates"] == [gate], "the run is finished, and says so"
+
+
+def test_rows_are_selected_by_how_often_they_are_answered(
+    small: list[str], tmp_path: Path, nano: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kept.jsonl"
+    command = [
+        "data", "select", str(tmp_path / "train.jsonl"), "--model", nano, "--out", str(out),
+        "--pass-rate", "0.25..0.75", "model.dtype=float32", "rollout.max_model_len=1024",
+        "sampling.max_completion_length=96",
+    ]  # fmt: skip
+    assert main(command) == 0
+    kept, asked = read_rows(out), read_rows(tmp_path / "train.jsonl")
+    assert 0 < len(kept) < len(asked)
+    shares = [row.metadata["selection"]["pass_rate"] for row in kept]
+    assert all(0.25 <= share <= 0.75 for share in shares)
+    assert f"{len(kept)} of {len(asked)} rows" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command[:3], "--out", str(out)])
+    before = out.read_bytes()
+    assert main(command) == 0 and out.read_bytes() == before, "nothing is asked twice"
+    assert main([*command, "sampling.temperature=0.5"]) == 2, "samples of another temperature"

@@ -120,7 +120,7 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     select.add_argument("--samples", type=int, default=8)
     select.add_argument("--blind-share", type=float, default=0.5,
                         help="drop rows where more answers to silence are right")  # fmt: skip
-    select.add_argument("overrides", nargs="*", metavar="key=value",
+    select.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value",
                         help="of a recipe, such as rollout.num_workers=4")  # fmt: skip
     select.set_defaults(command=_data_select)
 

@@ -7,6 +7,7 @@ character only (byte fallback) are dearer still. Read it before adapting to a la
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from posttrain.data.rows import Row
 
 REPLACEMENT = "\ufffd"
+_TAGGED = re.compile(r"<t>[^<]*</t>|<[^<>]{1,40}>")
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ def fertility(tokenizer: Any, texts: Iterable[str]) -> Fertility:
 
 
 def by_language(tokenizer: Any, rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Language -> figures of `Fertility`, of the rows' answers."""
+    """Language -> figures of `Fertility`, of the rows' answers without tags and cited times."""
     texts: dict[str, list[str]] = {}
     for row in rows:
-        if row.answer.strip():
-            texts.setdefault(row.language, []).append(row.answer)
+        if words := _TAGGED.sub(" ", row.answer).strip():
+            texts.setdefault(row.language, []).append(words)
     return {name: asdict(fertility(tokenizer, part)) for name, part in sorted(texts.items())}
 
 

@@ -44,11 +44,12 @@ def train(recipe: Recipe) -> Path:
         GateFailed: the run is done and a gate was not passed.
     """
     data = PromptBatches.from_recipe(recipe)
-    if recipe.rewards:
+    rewarded = recipe.teacher.path is None or any(t.weight for t in recipe.rewards.values())
+    if rewarded:
         check_rewards(recipe, data.rows)
     run = RunFolder(recipe)
     with start_cluster(recipe, run.checkpoint) as cluster:
-        reward = recipe_rewards(recipe, data.rows, run.path) if recipe.rewards else None
+        reward = recipe_rewards(recipe, data.rows, run.path) if rewarded else None
         loop = GrpoLoop(recipe, run, data, reward, cluster)
         loop.evaluate("before", 0)
         check_gates(recipe, run)

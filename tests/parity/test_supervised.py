@@ -68,7 +68,9 @@ def test_a_supervised_step_is_the_same_however_it_is_cut(
     expected, weights = finish(recipe_file, *SFT, *more, *whole)
     losses = steps(expected, "train/loss")
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
-    for name, cut in CUTS.items():
+    # DPO differs in its loss and its reference: one cut that holds both is enough
+    cuts = CUTS if kind == "sft" else {k: v for k, v in CUTS.items() if "ZeRO-3" in k}
+    for name, cut in cuts.items():
         run_name = f"run_name={len(list(tmp_path.glob('runs/*')))}"
         metrics, end = finish(recipe_file, *SFT, *more, *cut, run_name)
         difference = relative(end, weights, start)

@@ -1,4 +1,7 @@
-"""Every nano recipe of supervised training and distillation: two steps on the real engines."""
+"""Every nano recipe of supervised training and distillation, for two steps.
+
+Where vLLM is not what is tested, answers come from the transformers engine, which starts faster.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,10 @@ def run(name: str, small: list[str], *more: str) -> tuple[Path, dict]:
 
 @pytest.mark.parametrize("name", ["sft.yaml", "sft_full_zero3.yaml"])
 def test_sft(name: str, small: list[str], tmp_path: Path) -> None:
-    size = "training.per_device_train_batch_size=2"
-    folder, summary = run(name, small, f"data.train.main.path={tmp_path / 'train.jsonl'}", size)
+    folder, summary = run(
+        name, small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
+        "training.per_device_train_batch_size=2", "rollout.engine=transformers",
+    )  # fmt: skip
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert [m["step"] for m in metrics if "train/loss" in m] == [1, 2]
     held_out = [m["held_out/main_loss"] for m in metrics if "held_out/main_loss" in m]
@@ -54,13 +59,13 @@ def test_dpo(small: list[str], tmp_path: Path) -> None:
     _, summary = run(
         "dpo_timestamps.yaml", small, f"data.train.main.path={tmp_path / 'train_pairs.jsonl'}",
         f"data.held_out_pairs.main.path={tmp_path / 'test_pairs.jsonl'}",
-        "training.per_device_train_batch_size=2",
+        "training.per_device_train_batch_size=2", "rollout.engine=transformers",
     )  # fmt: skip
     before, after = (summary["held_out_metrics"][when] for when in ("before", "after"))
     assert before["held_out/main_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert after["held_out/main_loss"] < before["held_out/main_loss"]
     assert 0 <= after["held_out/main_ranked_wrong"] <= 1
-    assert summary["pair_kinds"]["dropped"] > 0
+    assert sum(summary["pair_kinds"].values()) == summary["pairs"] == 16
 
 
 def test_temporal_cot_distillation(small: list[str], tmp_path: Path, nano: str) -> None:
@@ -94,7 +99,10 @@ def test_on_policy_distillation(small: list[str], tmp_path: Path, nano: str) -> 
 def test_a_ladder_climbs_from_stage_to_stage(small: list[str], tmp_path: Path, nano: str) -> None:
     file = tmp_path / "ladder.yaml"
     rows, pairs = tmp_path / "train.jsonl", tmp_path / "train_pairs.jsonl"
-    step = "training.max_steps=1, training.save_steps=1, training.prompts_per_step=4"
+    step = (
+        "training.max_steps=1, training.save_steps=1, training.prompts_per_step=4, "
+        "training.per_device_train_batch_size=2, rollout.engine=transformers"
+    )
     file.write_text(
         f"""
 kind: ladder
@@ -107,7 +115,7 @@ stages:
     overrides: [{step}, lora.enabled=true, data.train.main.path={rows}]
   preferred:
     recipe: {NANO / "dpo_timestamps.yaml"}
-    overrides: [{step}, training.per_device_train_batch_size=2, data.train.main.path={pairs},
+    overrides: [{step}, data.train.main.path={pairs},
                 "data.held_out_pairs.main.path={tmp_path / "test_pairs.jsonl"}"]
 """
     )
@@ -126,6 +134,7 @@ def test_a_gate_that_fails_marks_the_checkpoint_and_exits_with_3(
     options = [
         *small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
         "training.per_device_train_batch_size=2", "training.max_steps=1", "training.save_steps=1",
+        "rollout.engine=transformers",
         "gates.times.source=main", "gates.times.metric=miou", "gates.times.worst=1.0",
     ]  # fmt: skip
     assert main(["run", str(NANO / "sft.yaml"), *options]) == 3
@@ -144,7 +153,7 @@ def test_rows_are_selected_by_how_often_they_are_answered(
     out = tmp_path / "kept.jsonl"
     command = [
         "data", "select", str(tmp_path / "train.jsonl"), "--model", nano, "--out", str(out),
-        "--pass-rate", "0.25..0.75", "model.dtype=float32", "rollout.max_model_len=1024",
+        "--pass-rate", "0.25..0.75", "--set", "model.dtype=float32", "rollout.max_model_len=1024",
         "sampling.max_completion_length=96",
     ]  # fmt: skip
     assert main(command) == 0
@@ -153,8 +162,6 @@ def test_rows_are_selected_by_how_often_they_are_answered(
     shares = [row.metadata["selection"]["pass_rate"] for row in kept]
     assert all(0.25 <= share <= 0.75 for share in shares)
     assert f"{len(kept)} of {len(asked)} rows" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main([*command[:3], "--out", str(out)])
     before = out.read_bytes()
     assert main(command) == 0 and out.read_bytes() == before, "nothing is asked twice"
     assert main([*command, "sampling.temperature=0.5"]) == 2, "samples of another temperature"

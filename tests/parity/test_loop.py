@@ -18,7 +18,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("lora", ["false", "true"])
 def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str) -> None:
-    """Step 4 samples from weights that were synced three times; the learner scores those tokens."""
+    """Step 4 samples from weights that were synced three times; the learner scores those tokens.
+
+    Old weights would be off by 1e-3 and more. The largest difference over sampled tokens is float32's
+    own: unlikely tokens of a model that moves by 1e-3 a step (see docs/log.md).
+    """
     folder = run(
         recipe_file,
         f"lora.enabled={lora}",
@@ -36,7 +40,8 @@ def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert any(m["train/grad_norm"] > 0 for m in metrics[:3]), "the synced weights are new ones"
     assert all(m["train/skipped"] == 0 for m in metrics)
-    assert last["engine/logprob_diff_max"] <= 1e-5
+    assert last["engine/logprob_diff_mean"] <= 2e-6
+    assert last["engine/logprob_diff_max"] <= 5e-5
     versions = {r["policy_version"] for r in folder.read_jsonl("rollouts.jsonl") if r["step"] == 4}
     assert versions == {3}
     checkpoint = folder.path / "checkpoints" / "step-000004"

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 def test_engines_agree_after_three_steps_with_sync(recipe_file: Path, lora: str) -> None:
     """Step 4 samples from weights that were synced three times; the learner scores those tokens.
 
-    Old weights would be off by 1e-3 and more. The largest difference over sampled tokens is float32's
-    own: unlikely tokens of a model that moves by 1e-3 a step (see docs/log.md).
+    Old weights would be off by 1e-3 and more. The largest difference over sampled tokens is
+    float32's own: unlikely tokens of a model that moves by 1e-3 a step (see docs/log.md).
     """
     folder = run(
         recipe_file,

@@ -30,11 +30,6 @@ class RowScore:
     text: str
     truncated: bool
 
-    def value(self, name: str) -> float | None:
-        """The row's own value of a metric."""
-        total, weight = self.metrics.get(name, (0.0, 0.0))
-        return total / weight if weight else None
-
 
 def greedy_scores(
     rows: Sequence[Row],

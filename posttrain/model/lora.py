@@ -42,13 +42,13 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def merge_adapter(base: str, adapter: str | Path, out_dir: Path) -> None:
-    """Writes the base checkpoint with the adapter's weights added in, in float32."""
+def merge_adapter(base: str, adapter: str | Path, out_dir: Path, dtype: torch.dtype) -> None:
+    """Writes the base checkpoint with the adapter added in: in float32, stored as `dtype`."""
     from posttrain.model.load import load_model, load_processor, save_checkpoint
 
     model: Any = PeftModel.from_pretrained(load_model(base), str(adapter))
     partial = out_dir.with_name(f".{out_dir.name}.partial")
-    save_checkpoint(model.merge_and_unload(), load_processor(base), partial)
+    save_checkpoint(model.merge_and_unload().to(dtype), load_processor(base), partial)
     partial.rename(out_dir)
 
 

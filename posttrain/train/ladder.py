@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def climb(recipe: Recipe) -> Path:
         score = {when: compared[when][compared["metric"]] for when in ("before", "after")}
         if not records:
             records.append({"name": "base", "score": score["before"], "model": model})
-        model = final_model(folder, model)
+        model = final_model(folder, model, stages[name].model.dtype)
         records.append({
             "name": name, "score": score["after"], "paired_diff": compared["paired_diff"],
             "before": compared["before"], "after": compared["after"], "model": model,
@@ -84,7 +85,7 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
     return stages
 
 
-def final_model(folder: Path, base: str) -> str:
+def final_model(folder: Path, base: str, dtype: str) -> str:
     """The last checkpoint of a run as a whole model; an adapter is merged into its base once."""
     last = max((folder / "checkpoints").glob("step-*"))
     model = str((last / "model").resolve()) if (last / "model").exists() else base
@@ -92,7 +93,7 @@ def final_model(folder: Path, base: str) -> str:
         return model
     merged = folder / "merged"
     if not merged.exists():
-        merge_adapter(model, last / "adapter", merged)
+        merge_adapter(model, last / "adapter", merged, getattr(torch, dtype))
     return str(merged.resolve())
 
 

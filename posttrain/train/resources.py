@@ -122,8 +122,10 @@ def serving(recipe: Recipe, checkpoint: Path | None = None) -> Iterator[RolloutP
         if adapter and adapter.exists():
             files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
 
+            stored = ray.put(files)  # once, however many workers read it
+
             def load_adapter() -> None:
-                pool.call_all("load_adapter", files, 1)
+                pool.call_all("load_adapter", stored, 1)
 
             pool.on_replaced = load_adapter
             load_adapter()

@@ -67,7 +67,7 @@ def _validate_rewards(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
 
 def _validate_grpo(recipe: Recipe) -> None:
     r, s, a = recipe, recipe.sampling, recipe.algorithm
-    _rule(not (r.data.replay or r.data.replay_ratio or r.data.held_out_pairs),
+    _rule(not (r.data.replay or r.data.replay_ratio is not None or r.data.held_out_pairs),
           "data.replay, data.replay_ratio or data.held_out_pairs with kind=grpo",
           "rows are mixed by naming more sources under data.train")
     _one_of("algorithm.loss_type", a.loss_type, LOSS_TYPES)
@@ -125,11 +125,11 @@ def _validate_supervised(recipe: Recipe) -> None:
           "pairs are read under kind=dpo alone")
     _rule(r.kind != "dpo" or not r.data.replay, "data.replay with kind=dpo",
           "mix pairs by naming more sources under data.train")
-    _rule(0 <= r.data.replay_ratio < 1, f"data.replay_ratio={r.data.replay_ratio}",
+    _rule(0 <= (r.data.replay_ratio or 0) < 1, f"data.replay_ratio={r.data.replay_ratio}",
           "a share from 0 to below 1")
-    _rule(bool(r.data.replay) == (r.data.replay_ratio > 0),
+    _rule(bool(r.data.replay) == (r.data.replay_ratio is not None),
           f"data.replay_ratio={r.data.replay_ratio} with {len(r.data.replay)} replay sources",
-          "give both or neither")
+          "give both or neither; a ratio of 0 trains without the sources")
     _rule((c.endpoint is None) == (c.endpoint_model is None),
           f"chains.endpoint={c.endpoint} with chains.endpoint_model={c.endpoint_model}",
           "give both or neither")

@@ -89,8 +89,8 @@ class DataConfig:
     """Evaluated beside held_out and gating nothing, such as source clips never heard."""
     replay: dict[str, DataSource] = field(default_factory=dict)
     """Rows of what the model must not forget, mixed into training (sft)."""
-    replay_ratio: float = 0.0
-    """Share of the training rows that are replayed, 0 to below 1."""
+    replay_ratio: float | None = None
+    """Share of the training rows that are replayed, 0 (none, said aloud) to below 1."""
     held_out_pairs: dict[str, DataSource] = field(default_factory=dict)
     """Preference pairs whose ranking `kind: dpo` reports before, during and after training."""
     shuffle: bool = True

@@ -130,10 +130,10 @@ def replayed_rows(recipe: Recipe, num_target: int) -> list[Row]:
 
     Which ones depends on the seed alone; where there are too few, they come again under another id.
     """
-    if not recipe.data.replay:
+    ratio = recipe.data.replay_ratio
+    if not ratio:
         return []
     pool = [row for source in recipe.data.replay.values() for row in _read(source)]
-    ratio = recipe.data.replay_ratio
     wanted = round(num_target * ratio / (1 - ratio))
     random.Random(f"posttrain/replay/{recipe.seed}").shuffle(pool)
     times = -(-wanted // len(pool))

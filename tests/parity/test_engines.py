@@ -11,13 +11,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_recipes.temporal_cot import ChainSettings, asked_rows, choose, collect
+from posttrain.data.rows import read_rows
 from posttrain.model.load import load_model, save_checkpoint
+from posttrain.rollout.chain_teachers import ReadingTeacher
 from posttrain.rollout.rendezvous import free_port
 
 pytestmark = pytest.mark.slow
@@ -75,42 +79,74 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
 
 
-def test_vllm_serve_answers_about_audio(nano: str, timelines: Path) -> None:
+@pytest.fixture(scope="module")
+def server(nano: str) -> Iterator[str]:
+    """Address of `vllm serve` on nano, on loopback."""
     port = free_port()
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     vllm = Path(sys.executable).with_name("vllm")
-    server = subprocess.Popen(
+    process = subprocess.Popen(
         [str(vllm), "serve", nano, "--host", "127.0.0.1", "--port", str(port),
-         "--max-model-len", "1024", "--max-num-batched-tokens", "8192", "--dtype", "float32",
+         "--max-model-len", "2048", "--max-num-batched-tokens", "8192", "--dtype", "float32",
          "--enforce-eager", "--skip-mm-profiling", "--served-model-name", "nano"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, server)
-        clip = next((timelines / "audio").glob("*.flac")).read_bytes()
-        sound = {"data": base64.b64encode(clip).decode(), "format": "flac"}
-        question = "When is seven heard? Reason step by step with timestamps, "
-        content = [
-            {"type": "input_audio", "input_audio": sound},
-            {"type": "text", "text": question + "then give the final answer."},
-        ]
-        answer = post(
-            f"{url}/v1/chat/completions",
-            {"model": "nano", "max_tokens": 96, "temperature": 0,
-             "messages": [{"role": "user", "content": content}]},
-        )  # fmt: skip
-        text = answer["choices"][0]["message"]["content"]
-        assert answer["usage"]["prompt_tokens"] > 200, "the clip's tokens are in the prompt"
-        assert "<t>" in text or "not heard" in text, text
+        wait_until_healthy(url, process)
+        yield url
     finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_vllm_serve_answers_about_audio(server: str, timelines: Path) -> None:
+    clip = next((timelines / "audio").glob("*.flac")).read_bytes()
+    sound = {"data": base64.b64encode(clip).decode(), "format": "flac"}
+    question = "When is seven heard? Reason step by step with timestamps, "
+    content = [
+        {"type": "input_audio", "input_audio": sound},
+        {"type": "text", "text": question + "then give the final answer."},
+    ]
+    answer = post(
+        f"{server}/v1/chat/completions",
+        {"model": "nano", "max_tokens": 96, "temperature": 0,
+         "messages": [{"role": "user", "content": content}]},
+    )  # fmt: skip
+    text = answer["choices"][0]["message"]["content"]
+    assert answer["usage"]["prompt_tokens"] > 200, "the clip's tokens are in the prompt"
+    assert "<t>" in text or "not heard" in text, text
+
+
+def test_a_reading_teacher_is_asked_behind_the_endpoint(
+    server: str, timelines: Path, tmp_path: Path
+) -> None:
+    """What the server says is collected as it is; a server that is gone loses nothing."""
+    rows = read_rows(timelines / "train.jsonl")[:4]
+    settings = ChainSettings(num_chains=3, blind_samples=1, chunk_rows=2)
+    teacher = ReadingTeacher(f"{server}/v1", "nano", temperature=1.0, max_tokens=24)
+    collect(rows, teacher, settings, tmp_path)
+    asked = list(asked_rows(rows, settings, tmp_path))
+    assert [len(said) for _, said, _ in asked] == [3] * 4
+    assert [len(blind) for *_, blind in asked] == [1] * 4
+    assert len({c.text for _, said, _ in asked for c in said}) > 4, "sampled, not greedy"
+    ends = {c.finish_reason for _, said, blind in asked for c in [*said, *blind]}
+    assert ends <= {"stop", "length"}
+    report = choose(rows, settings, tmp_path)
+    assert report["chains"] == 12 == report["kept"] + sum(report["rejected_chains"].values())
+
+    (alone,) = teacher.chains(rows[:1], 2, seed=5)
+    (again,) = teacher.chains(rows[:1], 2, seed=5)
+    (other,) = teacher.chains(rows[:1], 2, seed=6)
+    assert alone == again != other, "the seed decides"
+    stranger = ReadingTeacher(f"{server}/v1", "stranger", temperature=1.0, max_tokens=24)
+    with pytest.raises(RuntimeError, match=r"teacher stranger at http.*chains.endpoint_model"):
+        stranger.chains(rows[:1], 1, seed=0)
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:

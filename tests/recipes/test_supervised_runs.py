@@ -6,16 +6,26 @@ Where vLLM is not what is tested, answers come from the transformers engine, whi
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from data_recipes import refusals
 from data_recipes.timestamp_pairs import make_pairs
 from posttrain.cli import main
 from posttrain.config import load_recipe
 from posttrain.data.pairs import write_pairs
 from posttrain.data.rows import read_rows, write_rows
+from posttrain.model.load import load_model
+from posttrain.train.batches import question_rows
+from posttrain.train.distill import gather_chains
 from posttrain.train.kinds import run_recipe
+from posttrain.train.resources import ray_session
+from posttrain.types import GateFailed, Task
 
 pytestmark = pytest.mark.slow
 NANO = Path(__file__).parents[2] / "recipes" / "nano"
@@ -70,12 +80,13 @@ def test_dpo(small: list[str], tmp_path: Path) -> None:
 
 def test_temporal_cot_distillation(small: list[str], tmp_path: Path, nano: str) -> None:
     """nano as its own teacher: most of its chains are rejected, each for a reason."""
-    folder, summary = run(
-        "temporal_cot_distill.yaml", small, f"data.train.main.path={tmp_path / 'train.jsonl'}",
-        f"chains.teacher={nano}", "chains.min_true=0.3", "chains.min_answer=0.2",
-        "chains.num_chains=16", "chains.blind_samples=2", "training.prompts_per_step=2",
+    options = [
+        f"data.train.main.path={tmp_path / 'train.jsonl'}", f"chains.teacher={nano}",
+        "chains.min_true=0.3", "chains.min_answer=0.2", "chains.num_chains=16",
+        "chains.blind_samples=2", "chains.chunk_rows=8", "training.prompts_per_step=2",
         "training.per_device_train_batch_size=1",
-    )  # fmt: skip
+    ]  # fmt: skip
+    folder, summary = run("temporal_cot_distill.yaml", small, *options)
     report = summary["chains"]
     assert report["kept"] >= 2 and report["chains"] == 16 * report["rows"]
     counted = sum(report["rejected_chains"].values())
@@ -83,6 +94,18 @@ def test_temporal_cot_distillation(small: list[str], tmp_path: Path, nano: str) 
     kept = read_rows(folder / "chains" / "rows.jsonl")
     assert all("</think>" in row.answer for row in kept)
     assert "chains" in json.loads((folder / "chains" / "report.json").read_text())
+
+    left = tmp_path / "left by a kill"
+    shutil.copytree(folder / "chains", left)
+    _, second, *others = sorted((left / "chunks").glob("*.json"))
+    for path in (left / "rows.jsonl", left / "report.json", second, *others):
+        path.unlink()
+    (left / "chunks" / f".{second.name}.partial").write_text('[{"id": "cut')
+    recipe = load_recipe(NANO / "temporal_cot_distill.yaml", [*small, *options])
+    with ray_session(recipe):
+        gather_chains(recipe, question_rows(recipe), left)
+    for name in ("rows.jsonl", "report.json", f"chunks/{second.name}"):
+        assert (left / name).read_bytes() == (folder / "chains" / name).read_bytes()
 
 
 def test_on_policy_distillation(small: list[str], tmp_path: Path, nano: str) -> None:
@@ -126,6 +149,42 @@ stages:
     assert base["model"] == nano and adapter["model"].endswith("merged")
     assert adapter["score"] == pytest.approx(preferred["before"]["miou"]), "the merged model is it"
     assert {"mean", "ci95"} <= preferred["paired_diff"].keys()
+
+
+def test_a_new_language_is_learned_by_adapter_and_encoder(
+    small: list[str], tmp_path: Path, nano: str
+) -> None:
+    for split, name in (("train", "target"), ("train", "old"), ("test", "target_test")):
+        rows = read_rows(tmp_path / f"{split}.jsonl")
+        spoken = [
+            replace(row, id=f"{name}/{row.id}", task=Task.TRANSCRIPT,
+                    answer=" ".join(event.label for event in row.events))
+            for row in rows
+        ]  # fmt: skip
+        write_rows(tmp_path / f"{name}.jsonl", spoken)
+    write_rows(tmp_path / "refusals.jsonl", refusals.rows(tmp_path / "refusals")[:2])
+    sources = {
+        "train.main": "target", "replay.old": "old", "replay.times": "old",
+        "held_out.main": "target_test", "reported.old_language": "target_test",
+        "reported.times": "test", "reported.unheard": "test", "reported.harmful": "refusals",
+        "reported.harmless": "refusals",
+    }  # fmt: skip
+    options = [f"data.{name}.path={tmp_path / file}.jsonl" for name, file in sources.items()]
+    options += ["training.per_device_train_batch_size=2", "rollout.engine=transformers"]
+    with pytest.raises(GateFailed, match="learned: cer of main"):
+        run("lora_new_language.yaml", small, *options, "gates.learned.worst=-1")
+    folder = tmp_path / "runs" / "lora_new_language"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [gate["name"] for gate in summary["gates"]] == [
+        "learned", "old_language", "times", "refusal", "over_refusal"
+    ]  # fmt: skip
+    saved = folder / "checkpoints" / "step-000002"
+    before, after = (load_model(path).state_dict() for path in (nano, saved / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("audio_tower" in n or "projector" in n for n in changed), changed
+    adapter = load_file(saved / "adapter" / "adapter_model.safetensors")
+    assert all("language_model" in name for name in adapter)
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_a_gate_that_fails_marks_the_checkpoint_and_exits_with_3(

@@ -136,12 +136,14 @@ def test_fertility_counts_tokens_words_and_bytes(nano: str) -> None:
 def test_replayed_rows_make_their_share(recipe_file: Path, timelines: Path, tmp_path: Path) -> None:
     rows = read_rows(timelines / "test.jsonl")
     write_rows(tmp_path / "old.jsonl", rows)
-    recipe = load_recipe(
-        recipe_file,
-        ["kind=sft", f"data.replay.old.path={tmp_path / 'old.jsonl'}", "data.replay_ratio=0.5"],
-    )
+    replay = ["kind=sft", f"data.replay.old.path={tmp_path / 'old.jsonl'}"]
+    recipe = load_recipe(recipe_file, [*replay, "data.replay_ratio=0.5"])
     mixed, _ = training_rows(recipe)
     assert len(mixed) == 64 and len({row.id for row in mixed}) == 64
     assert sum(row.id.split("#")[0] in {r.id for r in rows} for row in mixed) == 32
     with pytest.raises(ValueError, match=r"data.replay_ratio=0.5 with 0 replay sources"):
         load_recipe(recipe_file, ["kind=sft", "data.replay_ratio=0.5"])
+    with pytest.raises(ValueError, match=r"data.replay_ratio=None with 1 replay sources"):
+        load_recipe(recipe_file, replay)
+    target_only, _ = training_rows(load_recipe(recipe_file, [*replay, "data.replay_ratio=0"]))
+    assert len(target_only) == 32

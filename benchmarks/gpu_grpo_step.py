@@ -14,7 +14,7 @@ backward pass counts 2.5 times its forward one. The encoder and what gradient ch
 again are not counted, so the share is of useful work. The card's figure is its data sheet's dense
 bf16 rate; for a card that is not listed it is null.
 
-Prints one JSON object.
+Prints one JSON object; every length's figures go to stderr as soon as they are known.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import MusicFlamingoConfig, MusicFlamingoForConditionalGenerat
 from posttrain.algorithm.losses import policy_loss
 from posttrain.model.flops import attended_pairs, forward_flops
 from posttrain.model.lora import add_lora
-from posttrain.model.policy import GroupTensors, Policy, freeze_audio, group_logprobs
+from posttrain.model.policy import GroupTensors, Policy, choose_trainable, group_logprobs
 
 CONFIG = Path(__file__).parent / "af_next_config.json"
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,7 +60,10 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_grpo_step: no GPU here; --device cpu --tiny tries the code")
     model, config = build(options)
-    results = [measure(options, model, config, minutes) for minutes in options.minutes]
+    results = []
+    for minutes in options.minutes:
+        results.append(measure(options, model, config, minutes))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     figures = {
         "device": device_name(options.device), "torch": torch.__version__,
         "group_size": options.group_size, "completion_tokens": options.completion_tokens,
@@ -87,7 +90,7 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     with torch.device(options.device):
         model = MusicFlamingoForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
-    freeze_audio(model, train_encoder=False, train_projector=False)
+    choose_trainable(model, train_encoder=False, train_projector=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = add_lora(model, r=options.lora_r, alpha=32, dropout=0.0, target_modules=LANGUAGE_LINEARS)
     for parameter in lora.parameters():  # peft makes adapters float32; DeepSpeed trains bfloat16

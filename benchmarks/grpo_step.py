@@ -130,7 +130,7 @@ class Work:
         from posttrain.data.chat import encode
         from posttrain.model.load import load_processor
         from posttrain.model.nano import NanoSize, build_config, build_model
-        from posttrain.model.policy import GroupTensors, Policy, freeze_audio
+        from posttrain.model.policy import GroupTensors, Policy, choose_trainable
 
         torch.manual_seed(0)
         processor = load_processor(options.processor)
@@ -139,7 +139,7 @@ class Work:
             kv_heads=max(1, options.width // 128), intermediate=4 * options.width,
         )  # fmt: skip
         model = build_model(build_config(processor.tokenizer, size)).train()
-        freeze_audio(model, train_encoder=False, train_projector=False)
+        choose_trainable(model, train_encoder=False, train_projector=False)
         self.shared = options.side == "shared"
         self.policy = Policy(model, shared_prefix=self.shared)
         samples = round(options.minutes * 60 * SAMPLE_RATE_HZ)

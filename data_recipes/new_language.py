@@ -1,13 +1,14 @@
 """Data of nano's new language: French words to write down, English ones not to forget.
 
-    french.jsonl, french_test.jsonl     compositions of recorded French words, transcribed
+    french.jsonl, french_test.jsonl     compositions of recorded French words, written down with times
     french_unheard.jsonl                the same of French words that no training composition holds
     english.jsonl, english_test.jsonl   the same in English: replayed, and watched
     times.jsonl, times_test.jsonl       when is it heard? in English: replayed, and watched
     refusals.jsonl                      spoken requests to decline, and their harmless twins
 
 Words are the French recordings of the same names as nano's English ones (`nano_clips`), one
-speaker; compositions are held out, not clips. Answers begin with a space, as nano's do.
+speaker; compositions are held out, not clips. A transcript has the form that nano was pretrained
+to answer in, a leading space and every word with its time; error rates leave the times out.
 
     python -m data_recipes.new_language --out .cache/data/new_language
 """
@@ -26,6 +27,7 @@ from data_recipes.nano_clips import CLIP_NAMES
 from data_recipes.recorded_prompts import Recordings, load_recordings
 from data_recipes.timelines import TimelineSpec
 from posttrain.data.rows import Row, write_rows
+from posttrain.types import Task
 
 SPOKEN = TimelineSpec(
     duration_s=(4.0, 9.0), num_events=(2, 5), snr_db=(15.0, 40.0), tasks={"transcript": 1.0}
@@ -78,8 +80,13 @@ def _rows(
         for index in tqdm(indices, total=count, desc=out_dir.name, disable=None)
     ]  # fmt: skip
     return [
-        replace(row, id=f"{recordings.language}/{row.id}", answer=f" {row.answer}") for row in rows
-    ]
+        replace(
+            row, id=f"{recordings.language}/{row.id}",
+            answer=f" {timelines.describe(row.events)}" if row.task is Task.TRANSCRIPT
+            else f" {row.answer}",
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

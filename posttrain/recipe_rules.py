@@ -88,8 +88,9 @@ def _validate_grpo(recipe: Recipe) -> None:
           "rollout.weight_sync=adapter with lora.enabled=false", "use full, or train an adapter")
     _rule(not (r.rollout.weight_sync == "full" and r.lora.enabled),
           "rollout.weight_sync=full with lora.enabled=true", "only the adapter changes: use auto")
-    _rule(not (r.lora.enabled and (r.model.train_encoder or r.model.train_projector)),
-          "lora.enabled=true with model.train_encoder or train_projector under kind=grpo",
+    _rule(not (r.lora.enabled and r.model.trains_beside_adapter),
+          "lora.enabled=true with model.train_encoder, train_projector or train_embeddings "
+          "under kind=grpo",
           "the adapter alone is sent to the engines: train one or the other")
     truncates = a.vllm_importance_sampling_mode.endswith("truncate")
     bounded = a.vllm_importance_sampling_clip_min or a.vllm_importance_sampling_clip_max

@@ -29,6 +29,14 @@ class ModelConfig:
     gradient_checkpointing."""
     train_encoder: bool = False
     train_projector: bool = False
+    train_embeddings: bool = False
+    """Token embeddings and output head in full beside an adapter, as PEFT's modules_to_save: for a
+    language whose tokens the model hardly ever saw. Without an adapter they always train."""
+
+    @property
+    def trains_beside_adapter(self) -> bool:
+        """Weights other than an adapter's change."""
+        return self.train_encoder or self.train_projector or self.train_embeddings
 
 
 @dataclass

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posttrain.data.audio import write_audio
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -28,6 +26,8 @@ def nano() -> str:
 @pytest.fixture(scope="session")
 def noise_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """2.5 s of quiet noise at 16 kHz."""
+    from posttrain.data.audio import write_audio
+
     path = tmp_path_factory.mktemp("clips") / "noise.wav"
     samples = 0.1 * np.random.default_rng(0).standard_normal(40_000)
     write_audio(path, samples.astype(np.float32))

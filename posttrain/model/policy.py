@@ -313,11 +313,20 @@ def group_logprobs(
     return outputs
 
 
-def freeze_audio(model: Any, *, train_encoder: bool, train_projector: bool) -> None:
-    """Switches gradients of encoder and projector; the language model keeps its own."""
-    for part, trains in (
+def choose_trainable(
+    model: Any, *, train_encoder: bool, train_projector: bool, train_embeddings: bool = False
+) -> None:
+    """Switches gradients of encoder and projector; the language model keeps its own.
+
+    Args:
+        train_embeddings: token embeddings and output head train in full, beside an adapter.
+    """
+    parts = [
         (model.model.audio_tower, train_encoder),
         (model.model.multi_modal_projector, train_projector),
-    ):
+    ]
+    if train_embeddings:
+        parts += [(model.get_input_embeddings(), True), (model.lm_head, True)]
+    for part, trains in parts:
         for parameter in part.parameters():
             parameter.requires_grad_(trains)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from posttrain.model.load import load_model, load_processor, save_checkpoint
 from posttrain.model.lora import adapter_files, add_lora
-from posttrain.model.policy import GroupTensors, Policy, freeze_audio, group_logprobs
+from posttrain.model.policy import GroupTensors, Policy, choose_trainable, group_logprobs
 from posttrain.model.prefix_check import (
     COMPLETIONS,
     GRADIENT_TOLERANCES,
@@ -87,10 +87,11 @@ class PolicyRank:
             )  # fmt: skip
             if resume:
                 model.load_adapter(str(resume / "adapter"), "default", is_trainable=True)
-        freeze_audio(
+        choose_trainable(
             core,
             train_encoder=recipe.model.train_encoder,
             train_projector=recipe.model.train_projector,
+            train_embeddings=recipe.model.train_embeddings,
         )
         return self._wrapped(model, activation_offload=recipe.model.activation_offload).train()
 
@@ -214,7 +215,7 @@ class PolicyRank:
     def save(self, folder: str) -> None:
         """Writes adapter, model (canonical keys) or both, and this rank's optimizer state.
 
-        Beside an adapter stands a model only where encoder or projector train as well.
+        Beside an adapter stands a model only where more than the adapter trains.
         """
         out, recipe = Path(folder), self.recipe
         (out / "optimizer").mkdir(parents=True, exist_ok=True)
@@ -225,7 +226,7 @@ class PolicyRank:
                 (out / "adapter").mkdir(exist_ok=True)
                 for name, content in files.items():
                     (out / "adapter" / name).write_bytes(content)
-            if not (recipe.model.train_encoder or recipe.model.train_projector):
+            if not recipe.model.trains_beside_adapter:
                 return
         core = self.policy.core
         weights = full_weights(core, recipe.learner.zero_stage, keep=self.rank == 0)

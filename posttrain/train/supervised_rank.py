@@ -66,11 +66,10 @@ class SupervisedRank(PolicyRank):
         sizes = self.load(Path(resume_dir) if resume_dir else None)
         self.logs: deque[tuple[int, dict[str, float]]] = deque()
         self.objective = self._objective()
-        model, adapter_alone = self.recipe.model, self.recipe.lora.enabled
-        if model.train_encoder or model.train_projector:
-            adapter_alone = False  # switching the adapter off would not bring the start back
-        if self.recipe.kind == "dpo" and not adapter_alone:
-            self.reference = self.build_reference()
+        recipe = self.recipe
+        adapter_alone = recipe.lora.enabled and not recipe.model.trains_beside_adapter
+        if recipe.kind == "dpo" and not adapter_alone:
+            self.reference = self.build_reference()  # no adapter to switch off brings it back
         return sizes | {"num_items": self.objective.items()}
 
     def _objective(self) -> Objective:

@@ -15,7 +15,7 @@ from transformers import MusicFlamingoConfig, MusicFlamingoForConditionalGenerat
 from posttrain.config import load_recipe
 from posttrain.model.checkpoint_keys import canonical_key, module_key
 from posttrain.model.lora import add_lora
-from posttrain.model.policy import freeze_audio
+from posttrain.model.policy import choose_trainable
 from posttrain.train.deepspeed_config import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ CONFIG = ROOT / "benchmarks" / "af_next_config.json"
 
 SHRUNK = (
     "run_name", "model.path", "model.dtype", "model.gradient_checkpointing", "lora.enabled",
-    "model.train_encoder", "model.train_projector", "chains.teacher", "chains.max_tokens",
+    "model.train_encoder", "model.train_projector", "model.train_embeddings", "chains.teacher", "chains.max_tokens",
     "chains.chunk_rows", "teacher.path",
     "data.", "algorithm.beta", "sampling.max_completion_length", "training.", "learner.",
     "rollout.", "evaluation.num_rows", "reward_model.width", "reward_model.absent_phrases",
@@ -86,7 +86,7 @@ def test_full_size_keys_are_canonical_and_invertible(full_size: torch.nn.Module)
 
 def test_full_size_lora_reaches_the_language_model_alone(full_size: torch.nn.Module) -> None:
     lora = load_recipe(FULL).lora
-    freeze_audio(full_size, train_encoder=False, train_projector=False)
+    choose_trainable(full_size, train_encoder=False, train_projector=False)
     wrapped = add_lora(
         full_size, r=lora.r, alpha=lora.alpha, dropout=lora.dropout,
         target_modules=lora.target_modules,

@@ -151,7 +151,7 @@ stages:
     assert {"mean", "ci95"} <= preferred["paired_diff"].keys()
 
 
-def test_a_new_language_is_learned_by_adapter_and_encoder(
+def test_a_new_language_is_learned_by_adapter_ear_and_spelling(
     small: list[str], tmp_path: Path, nano: str
 ) -> None:
     for split, name in (("train", "target"), ("train", "old"), ("test", "target_test")):
@@ -164,7 +164,7 @@ def test_a_new_language_is_learned_by_adapter_and_encoder(
         write_rows(tmp_path / f"{name}.jsonl", spoken)
     write_rows(tmp_path / "refusals.jsonl", refusals.rows(tmp_path / "refusals")[:2])
     sources = {
-        "train.main": "target", "replay.old": "old", "replay.times": "old",
+        "train.main": "target", "replay.old": "old", "replay.times": "train",
         "held_out.main": "target_test", "reported.old_language": "target_test",
         "reported.times": "test", "reported.unheard": "test", "reported.harmful": "refusals",
         "reported.harmless": "refusals",
@@ -181,7 +181,9 @@ def test_a_new_language_is_learned_by_adapter_and_encoder(
     saved = folder / "checkpoints" / "step-000002"
     before, after = (load_model(path).state_dict() for path in (nano, saved / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("audio_tower" in n or "projector" in n for n in changed), changed
+    beside = {"audio_tower", "multi_modal_projector", "embed_tokens", "lm_head"}
+    assert {part for part in beside if any(part in name for name in changed)} == beside
+    assert all(any(part in name for part in beside) for name in changed), changed
     adapter = load_file(saved / "adapter" / "adapter_model.safetensors")
     assert all("language_model" in name for name in adapter)
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)

@@ -1,6 +1,6 @@
 """Data of nano's new language: French words to write down, English ones not to forget.
 
-    french.jsonl, french_test.jsonl     compositions of recorded French words, written down with times
+    french.jsonl, french_test.jsonl     recorded French words in new orders, written down with times
     french_unheard.jsonl                the same of French words that no training composition holds
     english.jsonl, english_test.jsonl   the same in English: replayed, and watched
     times.jsonl, times_test.jsonl       when is it heard? in English: replayed, and watched

@@ -1,4 +1,4 @@
-"""`posttrain`: check, run, score, doctor, schema, nano, parity.
+"""`posttrain`: check, run, data, eval, compare, report, publish, score, parity, doctor, nano.
 
 Heavy imports wait for their command.
 """
@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.types import GateFailed
+
+SUITE_NAMES = (
+    "grounding", "choice", "speech", "translation", "long_audio", "refusal", "robustness"
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     card.set_defaults(command=_nano_card)
 
     _add_data_commands(commands)
+    _add_eval_commands(commands)
 
     score = commands.add_parser("score", help="score a model's outputs offline")
     score.add_argument("--reward", required=True, metavar="NAME[,NAME...]",
@@ -98,6 +103,35 @@ def build_parser() -> argparse.ArgumentParser:
     parity.add_argument("--clips-s", type=float, nargs="+", default=None)
     parity.set_defaults(command=_parity)
     return parser
+
+
+def _add_eval_commands(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("eval", help="a suite's scores of a model, with intervals")
+    evaluate.add_argument("suite", choices=SUITE_NAMES)
+    evaluate.add_argument("--model", required=True, help="checkpoint, Hub id, or run folder")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FOLDER_OR_ROWS",
+                          help="folder as its owners publish it, or ROWS.jsonl")  # fmt: skip
+    evaluate.add_argument("--out", type=Path, default=None, help="default: evals/SUITE-MODEL")
+    evaluate.add_argument("--layout", default=None, help="of the folder, where it is not evident")
+    evaluate.add_argument("--language", default=None, help="of the speech, as the set writes it")
+    evaluate.add_argument("--target", default=None, help="language to translate into")
+    evaluate.add_argument("--split", default=None)
+    evaluate.add_argument("--limit", type=int, default=None, metavar="N", help="first N rows only")
+    evaluate.add_argument("--max-tokens", type=int, default=None, help="of an answer")
+    evaluate.add_argument("--temperature", type=float, default=0.0)
+    evaluate.add_argument("--instruction", default="", help="added to every question")
+    evaluate.add_argument("--judge", default=None, metavar="URL", help="OpenAI-compatible endpoint")
+    evaluate.add_argument("--judge-model", default=None, metavar="NAME")
+    evaluate.add_argument("--chunk-rows", type=int, default=64, help="asked for and kept together")
+    evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="as in recipes")
+    evaluate.set_defaults(command=_eval)
+
+    compare = commands.add_parser("compare", help="paired differences of two evaluations")
+    compare.add_argument("a", type=Path, metavar="EVAL_A")
+    compare.add_argument("b", type=Path, metavar="EVAL_B")
+    compare.add_argument("--json", action="store_true")
+    compare.set_defaults(command=_compare)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -156,6 +190,42 @@ def _data_select(args: argparse.Namespace) -> None:
     print(f"{counts['kept']} of {counts['rows']} rows -> {args.out}")
     for reason, count in counts["left_out"].items():
         print(f"  {count} left out: {reason}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from posttrain.config import engine_recipe
+    from posttrain.eval_suite import evaluate_suite, show
+    from posttrain.evaluate.judge import Judge
+    from posttrain.evaluate.suites import Source
+    from posttrain.train.final_model import model_of
+
+    if (args.judge is None) != (args.judge_model is None):
+        raise ValueError("--judge URL and --judge-model NAME belong together; give both or none")
+    name = Path(args.model.rstrip("/")).name
+    out = args.out or Path("evals") / f"{args.suite}-{name}"
+    source = Source(
+        args.data, args.layout, args.language, args.target, args.split, out.absolute() / "audio"
+    )
+    scores = evaluate_suite(
+        args.suite, engine_recipe(model_of(args.model), args.overrides), source, out,
+        max_tokens=args.max_tokens, temperature=args.temperature, instruction=args.instruction,
+        judge=Judge(args.judge, args.judge_model) if args.judge else None, limit=args.limit,
+        chunk_rows=args.chunk_rows,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(scores, ensure_ascii=False))
+    else:
+        show(scores, out)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from posttrain.compare_evals import compare_evaluations, show
+
+    result = compare_evaluations(args.a, args.b)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        show(result)
 
 
 def _check(args: argparse.Namespace) -> None:

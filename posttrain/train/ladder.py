@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from posttrain.config import load_recipe
-from posttrain.model.lora import merge_adapter
 from posttrain.recipe_rules import validate
 from posttrain.schema import Recipe
+from posttrain.train.final_model import model_of
 from posttrain.train.kinds import run_recipe
 from posttrain.train.run_folder import RunFolder
 from posttrain.types import GateFailed
@@ -52,7 +51,7 @@ def climb(recipe: Recipe) -> Path:
         score = {when: compared[when][compared["metric"]] for when in ("before", "after")}
         if not records:
             records.append({"name": "base", "score": score["before"], "model": model})
-        model = final_model(folder, model, stages[name].model.dtype)
+        model = model_of(str(folder))
         records.append({
             "name": name, "score": score["after"], "paired_diff": compared["paired_diff"],
             "before": compared["before"], "after": compared["after"], "model": model,
@@ -83,18 +82,6 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
         validate(one, REWARD_NAMES)
         stages[name] = one
     return stages
-
-
-def final_model(folder: Path, base: str, dtype: str) -> str:
-    """The last checkpoint of a run as a whole model; an adapter is merged into its base once."""
-    last = max((folder / "checkpoints").glob("step-*"))
-    model = str((last / "model").resolve()) if (last / "model").exists() else base
-    if not (last / "adapter").exists():
-        return model
-    merged = folder / "merged"
-    if not merged.exists():
-        merge_adapter(model, last / "adapter", merged, getattr(torch, dtype))
-    return str(merged.resolve())
 
 
 def show(summary: dict[str, Any]) -> None:

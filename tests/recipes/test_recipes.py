@@ -25,8 +25,8 @@ CONFIG = ROOT / "benchmarks" / "af_next_config.json"
 
 SHRUNK = (
     "run_name", "model.path", "model.dtype", "model.gradient_checkpointing", "lora.enabled",
-    "model.train_encoder", "model.train_projector", "model.train_embeddings", "chains.teacher", "chains.max_tokens",
-    "chains.chunk_rows", "teacher.path",
+    "model.train_encoder", "model.train_projector", "model.train_embeddings", "chains.teacher",
+    "chains.max_tokens", "chains.chunk_rows", "teacher.path",
     "data.", "algorithm.beta", "sampling.max_completion_length", "training.", "learner.",
     "rollout.", "evaluation.num_rows", "reward_model.width", "reward_model.absent_phrases",
     "reward_model.feature_cache_gib", "rewards.audio_text_grounding.options.",

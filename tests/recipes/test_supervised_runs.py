@@ -146,7 +146,7 @@ stages:
     summary = json.loads((tmp_path / "runs" / "ladder" / "summary.json").read_text())
     base, adapter, preferred = summary["stages"]
     assert [s["name"] for s in summary["stages"]] == ["base", "adapter", "preferred"]
-    assert base["model"] == nano and adapter["model"].endswith("merged")
+    assert base["model"] == nano and adapter["model"].endswith("merged/step-000001")
     assert adapter["score"] == pytest.approx(preferred["before"]["miou"]), "the merged model is it"
     assert {"mean", "ci95"} <= preferred["paired_diff"].keys()
 

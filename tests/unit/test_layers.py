@@ -22,6 +22,8 @@ LAYERS = (
         "posttrain.score",
         "posttrain.inspect_rows",
         "posttrain.select_rows",
+        "posttrain.eval_suite",
+        "posttrain.compare_evals",
     ),
     ("posttrain.cli",),
 )

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(args.command(args) or 0)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except GateFailed as error:
@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_data_commands(commands)
     _add_eval_commands(commands)
+    _add_publish_commands(commands)
 
     score = commands.add_parser("score", help="score a model's outputs offline")
     score.add_argument("--reward", required=True, metavar="NAME[,NAME...]",
@@ -132,6 +133,24 @@ def _add_eval_commands(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("b", type=Path, metavar="EVAL_B")
     compare.add_argument("--json", action="store_true")
     compare.set_defaults(command=_compare)
+
+
+def _add_publish_commands(commands: argparse._SubParsersAction) -> None:
+    publish = commands.add_parser("publish", help="write, prove and upload a trained model")
+    publish.add_argument("source", metavar="CKPT_OR_RUN")
+    publish.add_argument("--out", type=Path, required=True, metavar="DIR")
+    publish.add_argument("--override", default="", metavar="REASON",
+                         help="publish though gates failed; goes on the card")  # fmt: skip
+    publish.add_argument("--adapter", action="store_true", help="the LoRA adapter, not merged")
+    publish.add_argument("--license", default=None, metavar="ID", help="where the base names none")
+    publish.add_argument("--clip", type=Path, default=None, help="recording to prove it on")
+    publish.add_argument("--eval", type=Path, action="append", default=[], metavar="EVAL",
+                         help="scores for the card; may be repeated")  # fmt: skip
+    publish.add_argument("--clips-s", type=float, nargs="+", default=None, help="for parity")
+    publish.add_argument("--push", default=None, metavar="ORG/NAME", help="upload to the Hub")
+    publish.add_argument("--public", action="store_true", help="with --push; private otherwise")
+    publish.add_argument("--dry-run", action="store_true", help="with --push: list the files only")
+    publish.set_defaults(command=_publish)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -226,6 +245,25 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps(result, ensure_ascii=False))
     else:
         show(result)
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from posttrain.publish.publish import PublishOptions, publish
+    from posttrain.publish.push import files_of, push
+    from posttrain.rollout.parity import DEFAULT_CLIPS_S
+
+    clips_s = tuple(args.clips_s) if args.clips_s else DEFAULT_CLIPS_S
+    options = PublishOptions(
+        args.override, args.license, args.adapter, args.clip, args.eval, clips_s
+    )
+    if not (args.push and args.out.exists()):  # a whole folder is pushed as it is
+        print(f"published: {publish(args.source, args.out, options)}")
+    if args.push and args.dry_run:
+        for name, size in files_of(args.out):
+            print(f"{size:>14,}  {name}")
+        print(f"would go to {args.push}, {'public' if args.public else 'private'}")
+    elif args.push:
+        print(f"pushed: {push(args.out, args.push, public=args.public)}")
 
 
 def _check(args: argparse.Namespace) -> None:

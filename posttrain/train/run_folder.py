@@ -1,6 +1,7 @@
 """A run's folder: what happened, readable by people and by the next start.
 
-runs/NAME/  recipe.yaml  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
+runs/NAME/  recipe.yaml  environment.json  metrics.jsonl  rollouts.jsonl  summary.json
+            held_out/  checkpoints/  tensorboard/
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from posttrain.config import to_yaml
 from posttrain.data.rows import Row
 from posttrain.schema import Recipe
 from posttrain.train.checkpoints import Checkpoints
+from posttrain.train.environment import environment
 from posttrain.types import Group, RewardResult
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class RunFolder:
         if self.checkpoint or (self.resumed and recipe.kind in WITHOUT_CHECKPOINT):
             _refuse_changed_recipe(self.path / "recipe.yaml", recipe)
         (self.path / "recipe.yaml").write_text(to_yaml(recipe))
+        (self.path / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
         done = self.steps_done
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):

@@ -16,6 +16,7 @@ LAYERS = (
     ("posttrain.evaluate",),
     ("posttrain.algorithm",),
     ("posttrain.train",),
+    ("posttrain.report", "posttrain.publish"),
     (
         "posttrain.doctor",
         "posttrain.quickstart",

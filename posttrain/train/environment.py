@@ -1,0 +1,67 @@
+"""What a run ran on, for those who read it later: commit, versions, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("posttrain", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "ray")
+
+
+def environment() -> dict[str, Any]:
+    """Of the machine that drives the run; a cluster's other nodes are named by Ray's address."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "commit": commit(), "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES}, "cpus": cpus,
+        "gpus": gpus, "memory_gib": _memory_gib(), "cluster": bool(os.environ.get("RAY_ADDRESS")),
+    }  # fmt: skip
+
+
+def hardware(record: dict[str, Any]) -> str:
+    """One line: `8 x NVIDIA H100 80GB HBM3`, or `2 CPU cores, 24 GiB`."""
+    gpus = record.get("gpus") or []
+    kinds = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+    machine = kinds or f"{record.get('cpus')} CPU cores, {record.get('memory_gib')} GiB"
+    return f"{machine}, and other nodes of a cluster" if record.get("cluster") else machine
+
+
+def commit() -> str | None:
+    """Of posttrain's source, with "+" when it was changed; None where it is no checkout."""
+    source = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "posttrain/types.py") is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return f"{head}{'+' if changed else ''}" if head else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None

@@ -249,14 +249,16 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _publish(args: argparse.Namespace) -> None:
     from posttrain.publish.publish import PublishOptions, publish
-    from posttrain.publish.push import files_of, push
+    from posttrain.publish.push import check_whole, files_of, push
     from posttrain.rollout.parity import DEFAULT_CLIPS_S
 
     clips_s = tuple(args.clips_s) if args.clips_s else DEFAULT_CLIPS_S
     options = PublishOptions(
         args.override, args.license, args.adapter, args.clip, args.eval, clips_s
     )
-    if not (args.push and args.out.exists()):  # a whole folder is pushed as it is
+    if args.push and args.out.exists():
+        check_whole(args.out)  # published before: push it as it is
+    else:
         print(f"published: {publish(args.source, args.out, options)}")
     if args.push and args.dry_run:
         for name, size in files_of(args.out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,6 +14,25 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     """(path, bytes) of everything that would be uploaded, by path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
+
+
+def check_whole(folder: Path) -> None:
+    """Every file as its checksum says.
+
+    Raises:
+        ValueError: the folder was not written by `publish`, or was changed since.
+    """
+    listing = folder / "checksums.sha256"
+    if not listing.exists():
+        raise ValueError(f"{folder}: no checksums.sha256; it was not written by posttrain publish")
+    for line in listing.read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; publish again into another folder")
+        with path.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != digest:
+                raise ValueError(f"{path}: changed since it was published; publish again")
 
 
 def push(

@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_data_commands(commands)
     _add_eval_commands(commands)
+    _add_report_command(commands)
     _add_publish_commands(commands)
 
     score = commands.add_parser("score", help="score a model's outputs offline")
@@ -151,6 +152,15 @@ def _add_publish_commands(commands: argparse._SubParsersAction) -> None:
     publish.add_argument("--public", action="store_true", help="with --push; private otherwise")
     publish.add_argument("--dry-run", action="store_true", help="with --push: list the files only")
     publish.set_defaults(command=_publish)
+
+
+def _add_report_command(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser("report", help="one HTML file to look at and listen to")
+    report.add_argument("source", type=Path, metavar="RUN_OR_EVAL")
+    report.add_argument("--out", type=Path, default=None, help="default: report.html in the folder")
+    report.add_argument("--limit", type=int, default=1000, help="answers to browse, at most")
+    report.add_argument("--audio-mib", type=float, default=12.0, help="embedded; links beyond it")
+    report.set_defaults(command=_report)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -245,6 +255,12 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps(result, ensure_ascii=False))
     else:
         show(result)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from posttrain.report.report import write_report
+
+    print(write_report(args.source, args.out, limit=args.limit, audio_mib=args.audio_mib))
 
 
 def _publish(args: argparse.Namespace) -> None:

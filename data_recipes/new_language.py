@@ -6,8 +6,8 @@
     times.jsonl, times_test.jsonl       when is it heard? in English: replayed, and watched
     refusals.jsonl                      spoken requests to decline, and their harmless twins
 
-Words are the French recordings of the same names as nano's English ones (`nano_clips`), one
-speaker; compositions are held out, not clips. A transcript has the form that nano was pretrained
+Words are letters and the numbers up to twelve, recordings of the same names in both languages,
+one speaker each; compositions are held out, not clips. A transcript has the form that nano was pretrained
 to answer in, a leading space and every word with its time; error rates leave the times out.
 
     python -m data_recipes.new_language --out .cache/data/new_language
@@ -32,10 +32,12 @@ from posttrain.types import Task
 SPOKEN = TimelineSpec(
     duration_s=(4.0, 9.0), num_events=(2, 5), snr_db=(15.0, 40.0), tasks={"transcript": 1.0}
 )
+NUMBERS = tuple(f"digits/{number}" for number in range(13))
+SPOKEN_NAMES = tuple(n for n in CLIP_NAMES if n in NUMBERS or n.startswith("letters/"))
 TIMED = replace(SPOKEN, tasks={"grounding": 1.0})
 # name: language, what is asked, split of the compositions, how many, seed
 FILES: dict[str, tuple[str, TimelineSpec, str, int, int]] = {
-    "french": ("fr", SPOKEN, "train", 768, 21),
+    "french": ("fr", SPOKEN, "train", 1536, 21),
     "french_test": ("fr", SPOKEN, "test", 160, 22),
     "french_unheard": ("fr", SPOKEN, "unheard", 48, 23),
     "english": ("en", SPOKEN, "train", 512, 24),
@@ -69,7 +71,7 @@ def _rows(
     recordings: Recordings, spec: TimelineSpec, split: str, count: int, seed: int, out_dir: Path
 ) -> list[Row]:
     """Compositions of spoken words; tones have nothing to transcribe."""
-    wanted = [c for c in recordings.clips if c.name in CLIP_NAMES and not c.is_tone]
+    wanted = [c for c in recordings.clips if c.name in SPOKEN_NAMES and not c.is_tone]
     sounds = timelines.load_sounds([c for c in wanted if c.unheard == (split == "unheard")])
     indices = timelines.composition_indices(seed, split, count)
     rows = [

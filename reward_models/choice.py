@@ -1,16 +1,18 @@
 """`choice`: is the right option named? Value 1 or 0.
 
 Extraction, in this order, on the text after the last `</think>`; the first rule that finds an
-option decides, and two different options under one rule are no answer (brackets: the last one):
+option decides; two different options under one rule are no answer, unless it says otherwise:
 1. `\\boxed{B}` or `<answer>B</answer>`, with or without the option's text;
-2. a letter in brackets, `(B)` or `[B]`; the last one counts;
-3. `answer is B`, `answer: **B**`, `option B`, or a line that begins `B.`, `B)`, `B:`;
-4. the letter alone;
-5. the full text of exactly one option that is not contained in another one's.
+2. a stated answer, `answer is B`, `answer: **B**`, `答案：B`, `la réponse est B`; the last counts;
+3. a letter in brackets, `(B)` or `[B]`; the last counts, but not of `(A) or (B)`, `(A) and (B)`;
+4. an option named or picked: `option B`, `I choose B`, `B is correct`, `it is B`, `so, B.`;
+5. a line that begins `B.`, `B)`, `B:`, `B -`, or holds the letter alone;
+6. the full text of exactly one option that is not contained in another one's.
 
-Rules 2 to 4 are what models of this family are asked to write; rule 5 is the string match of
+Rules 3 to 5 are what models of this family are asked to write; rule 6 is the string match of
 MMAU's evaluator (all words of the right option, none that only others have), made stricter: the
-words must stand together. Negated options ("not (A)") are not understood.
+words must stand together. Negated options ("not (A)") are not understood. `docs/evaluation.md` has
+the share of hand-labelled outputs that the rule reads right.
 """
 
 from __future__ import annotations
@@ -28,10 +30,28 @@ _WRAPPED = re.compile(
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(r"[(\[]\s?([A-Za-z])\s?[)\]]")
-_STATED = re.compile(
-    r"\b(?i:answer|option|choice)(?:\s+(?:is|would be|must be))?\s*:?\s*[*_\"'(]{0,3}([A-Z])\b(?!')"
+_PAIR = re.compile(
+    r"[(\[]\s?([A-Za-z])\s?[)\]][\w\s]{0,40}?\s(?:and|or)\s[\w\s]{0,10}?[(\[]\s?([A-Za-z])\s?[)\]]"
 )
-_LINE = re.compile(r"^\s*[*_]{0,2}([A-Z])[*_]{0,2}\s*[.):]", re.MULTILINE)
+_QUOTED = r"[*_\"'“”‘’(\[]{0,4}"
+_LETTER = rf"{_QUOTED}\s?([A-Z]|[a-z](?=[)\]*_\"'.]*\s*$))(?![A-Za-z0-9])(?!['’][a-z])"
+_ANSWER = re.compile(
+    r"(?:\b(?i:answer|r[ée]ponse|antwort|respuesta|risposta|resposta|ответ)|答案|答え|回答)"
+    r"(?:\s+(?:correcte?|correcta|richtige|правильный))?"
+    rf"\s*{_QUOTED}\s*"
+    r"(?i:is|would be|must be|should be|has to be|will be|est|es|ist|lautet|è|é|是|为|は)?"
+    r"\s*(?::|：|-|–|—|=)?\s*(?i:(?:clearly|therefore|thus|option|choice)\s+){0,2}" + _LETTER,
+    re.MULTILINE,
+)
+_NAMED = re.compile(
+    r"\b(?:(?i:option|choice|选项)(?:\s+(?i:is|would be|must be))?\s*:?\s*"
+    r"|(?i:choose|chose|pick|select|selected|say|go with|going with|went with)\s+"
+    r"|(?i:it(?:'s|’s| is| must be))\s+"
+    r"|(?:^|[.\n]\s*)(?i:so|thus|hence|therefore),?\s+)" + _LETTER + r"(?!\s+[a-z])"
+    r"|\b([A-Z])\s+(?i:is (?:the )?(?:correct|right|best)|fits best|matches best|is correct)\b",
+    re.MULTILINE,
+)
+_LINE = re.compile(r"^\s*[*_]{0,2}([A-Z])[*_]{0,2}\s*(?:[.):]|\s-\s)", re.MULTILINE)
 _ALONE = re.compile(r"^\s*[*_\"']{0,2}([A-Za-z])[*_\"']{0,2}[.):]?\s*$")
 
 
@@ -45,13 +65,23 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if wrapped := _WRAPPED.findall(answer):
         answer = next(part for part in wrapped[-1] if part)
-    if found := [c for c in map(str.upper, _BRACKETED.findall(answer)) if c in letters]:
+    if found := _letters(_ANSWER, answer, letters):
         return found[-1]
-    for pattern in (_STATED, _LINE, _ALONE):
-        named = {c.upper() for c in pattern.findall(answer)} & set(letters)
+    brackets = [m for m in _BRACKETED.finditer(answer) if m[1].upper() in letters]
+    if brackets:
+        undecided = {m.end() for m in _PAIR.finditer(answer) if m[1].upper() != m[2].upper()}
+        return None if brackets[-1].end() in undecided else brackets[-1][1].upper()
+    for pattern in (_NAMED, _LINE, _ALONE):
+        named = set(_letters(pattern, answer, letters))
         if len(named) == 1:
             return named.pop()
     return _by_text(answer, choices, letters)
+
+
+def _letters(pattern: re.Pattern[str], text: str, letters: Sequence[str]) -> list[str]:
+    """Options that the pattern finds, in order."""
+    found = (next(part for part in match.groups() if part) for match in pattern.finditer(text))
+    return [letter.upper() for letter in found if letter.upper() in letters]
 
 
 def _by_text(answer: str, choices: Sequence[str], letters: Sequence[str]) -> str | None:

@@ -18,8 +18,9 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("Loss", "Training loss; near 0 by construction when on-policy.",
      ("train/loss", "train/nll"), {}),
     ("Held-out metrics while training", "Measured on rows that do not train.", ("held_out/*",), {}),
-    ("KL and entropy", "Nats a token. KL: how far the policy moved from its start. A jump in it, or "
-     "entropy falling to 0, means trouble.", ("train/kl", "train/entropy", "train/teacher_kl"), {}),
+    ("KL and entropy", "Nats a token. KL: how far the policy moved from its start. A jump in it, "
+     "or entropy falling to 0, means trouble.",
+     ("train/kl", "train/entropy", "train/teacher_kl"), {}),
     ("Gradient norm and clipping", "Before clipping; and the share of tokens where the ratio was "
      "clipped.", ("train/grad_norm", "train/clip_ratio"), {}),
     ("Length of completions", "Tokens, mean of a step.", ("rollout/completion_tokens",), {}),
@@ -43,7 +44,7 @@ def training_figures(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     if terms:
         figures.append(_lines(
             "Reward terms", "Each reward and each term of its breakdown, mean of a step. Click a "
-            "name in the legend to show or hide it.", terms, metrics, {"shown": 4},
+            "name in the legend to show or hide it.", terms, metrics, {"shown": 4, "prefix": "reward/"},
         ))  # fmt: skip
     for title, note, names, options in CHARTS:
         matched = [k for k in known if any(_matches(k, name) for name in names)]
@@ -83,14 +84,17 @@ def _lines(
     data = []
     for i, name in enumerate(names):
         points = [(m["step"], m[name]) for m in metrics if _is_number(m.get(name))]
-        line = _line(name, [x for x, _ in points], [y for _, y in points], i)
+        short = name.removeprefix(options.get("prefix", ""))
+        line = _line(short, [x for x, _ in points], [y for _, y in points], i)
         if i >= options.get("shown", NUM_COLOURS):
             line["visible"] = "legendonly"
         data.append(line)
     axis: dict[str, Any] = {"type": "log"} if options.get("log") else {}
     if "range" in options:
         axis["range"] = options["range"]
-    return _figure(title, note, data, "step", axis)
+    figure = _figure(title, note, data, "step", axis)
+    figure["layout"]["height"] += 14 * max(0, len(data) - 4)  # the legend stands below
+    return figure
 
 
 def _time_split(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> Figure:

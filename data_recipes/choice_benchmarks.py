@@ -35,34 +35,34 @@ class Layout:
     """Where a benchmark keeps what: file patterns, and the keys of its records.
 
     Attributes:
-        categories: keys that scores are also shown by.
+        categories: keys that scores are also shown by -> their names in a row's metadata.
     """
 
     files: tuple[str, ...]
     audio: str
     answer: str
     choices: tuple[str, ...]
-    categories: tuple[str, ...]
+    categories: Mapping[str, str]
     licence: str
 
 
 LAYOUTS = {
     "mmau": Layout(
         ("mmau-test-mini*.json", "mmau-test*.json"), "audio_id", "answer", ("choices",),
-        ("task", "difficulty", "category"), "Apache-2.0",
+        {"task": "domain", "difficulty": "difficulty", "category": "category"}, "Apache-2.0",
     ),
     "mmau_pro": Layout(
         ("test*.parquet", "data/test*.parquet", "test*.json*"), "audio_path", "answer",
-        ("choices",), ("category",), "see the set's card",
+        ("choices",), {"category": "category"}, "see the set's card",
     ),
     "mmar": Layout(
         ("MMAR-meta.json*",), "audio_path", "answer", ("choices",),
-        ("modality", "category", "language"), "CC-BY-NC-4.0",
+        {"modality": "domain", "category": "category"}, "CC-BY-NC-4.0",
     ),
     "mmsu": Layout(
         ("question/mmsu.jsonl", "mmsu.jsonl"), "audio_path", "answer_gt",
-        ("choice_a", "choice_b", "choice_c", "choice_d"), ("category", "task_name"),
-        "see the set's card",
+        ("choice_a", "choice_b", "choice_c", "choice_d"),
+        {"category": "domain", "task_name": "category"}, "see the set's card",
     ),
 }  # fmt: skip
 
@@ -122,11 +122,14 @@ def _row(record: Mapping[str, Any], where: str, folder: Path, name: str) -> Row 
         return Skipped(f"{identity}: {sound}", clip.reason)
     shown = "\n".join(f"({chr(ord('A') + i)}) {text}" for i, text in enumerate(choices))
     text = f"{str(record['question']).strip()} {ASK}\n{shown}"
-    metadata = {key: str(record[key]) for key in layout.categories if record.get(key)}
+    metadata = {
+        shown_as: str(record[key]) for key, shown_as in layout.categories.items() if record.get(key)
+    }
     return Row(
         identity, ({"role": "user", "content": text},), clip[0], clip[1], Task.CHOICE,
         answer=_answer(str(record[layout.answer]), choices), choices=choices, source=name,
-        licence=layout.licence, split="test", metadata=metadata,
+        language=str(record.get("language") or "en"), licence=layout.licence, split="test",
+        metadata=metadata,
     )  # fmt: skip
 
 

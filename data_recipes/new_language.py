@@ -7,8 +7,9 @@
     refusals.jsonl                      spoken requests to decline, and their harmless twins
 
 Words are letters and the numbers up to twelve, recordings of the same names in both languages,
-one speaker each; compositions are held out, not clips. A transcript has the form that nano was pretrained
-to answer in, a leading space and every word with its time; error rates leave the times out.
+one speaker each; compositions are held out, not clips. A transcript has the form that nano was
+pretrained to answer in, a leading space and every word with its time; error rates leave the times
+out.
 
     python -m data_recipes.new_language --out .cache/data/new_language
 """

@@ -22,7 +22,7 @@ SUITE_NAMES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     level = os.environ.get("POSTTRAIN_LOG_LEVEL", "WARNING")
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -37,6 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("posttrain").debug("traceback", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere, also behind options, where argparse itself takes none."""
+    args, left = parser.parse_known_args(argv)
+    strangers = [a for a in left if a.startswith("-") or "=" not in a or "overrides" not in args]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if left:
+        args.overrides = [*args.overrides, *left]
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

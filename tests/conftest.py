@@ -52,6 +52,27 @@ def timelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def grpo_run(tmp_path_factory: pytest.TempPathFactory, timelines: Path) -> Path:
+    """A finished run: two steps of GRPO on nano, with the transformers engine."""
+    from posttrain.config import load_recipe
+    from posttrain.train.kinds import run_recipe
+
+    recipe = load_recipe(
+        ROOT / "recipes" / "nano" / "grpo_long_audio.yaml",
+        [
+            f"output_dir={tmp_path_factory.mktemp('runs')}", "report_to=[]",
+            "training.max_steps=2", "training.save_steps=2", "training.eval_steps=2",
+            "training.prompts_per_step=2", "evaluation.num_rows=4", "learner.num_processes=1",
+            "rollout.engine=transformers", f"model.path={NANO}",
+            f"data.train.main.path={timelines / 'train.jsonl'}",
+            f"data.held_out.main.path={timelines / 'test.jsonl'}",
+            f"data.reported.unheard.path={timelines / 'test.jsonl'}",
+        ],
+    )  # fmt: skip
+    return run_recipe(recipe)
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path, nano: str, timelines: Path) -> Path:
     """A GRPO recipe on nano with one learner and one vLLM worker; tests override the rest."""

@@ -174,7 +174,7 @@ SUITES: dict[str, Suite] = {
     "choice": Suite(
         "multiple choice: folders of MMAU, MMAU-Pro, MMAR, MMSU", _choice_rows,
         row_statistics.of_choice, 1024,
-        ("task_name", "difficulty", "modality", "category", "language"),
+        ("source", "domain", "category", "difficulty", "language"),
     ),
     "speech": Suite(
         "speech recognition: folders of LibriSpeech, FLEURS, Common Voice", _speech_rows,

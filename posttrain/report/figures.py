@@ -44,7 +44,8 @@ def training_figures(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     if terms:
         figures.append(_lines(
             "Reward terms", "Each reward and each term of its breakdown, mean of a step. Click a "
-            "name in the legend to show or hide it.", terms, metrics, {"shown": 4, "prefix": "reward/"},
+            "name in the legend to show or hide it.", terms, metrics,
+            {"shown": 4, "prefix": "reward/"},
         ))  # fmt: skip
     for title, note, names, options in CHARTS:
         matched = [k for k in known if any(_matches(k, name) for name in names)]

@@ -10,43 +10,30 @@ from typing import Any
 
 import pytest
 
-from posttrain.config import load_recipe
 from posttrain.data.rows import read_rows
 from posttrain.report.report import write_report
-from posttrain.train.kinds import run_recipe
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; apt-get install chromium"),
 ]
-NANO = Path(__file__).parents[2] / "recipes" / "nano"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def grpo_run(tmp_path_factory: pytest.TempPathFactory, timelines: Path) -> Path:
-    """Two steps of GRPO on nano, and one completion that is markup."""
-    out = tmp_path_factory.mktemp("runs")
-    rows = [r for r in read_rows(timelines / "train.jsonl") if r.task.value == "grounding"]
-    recipe = load_recipe(
-        NANO / "grpo_long_audio.yaml",
-        [
-            f"output_dir={out}", "report_to=[]", "training.max_steps=2", "training.save_steps=2",
-            "training.eval_steps=2", "training.prompts_per_step=2", "evaluation.num_rows=4",
-            "learner.num_processes=1", "rollout.engine=transformers",
-            f"data.train.main.path={timelines / 'train.jsonl'}",
-            f"data.held_out.main.path={timelines / 'test.jsonl'}",
-            f"data.reported.unheard.path={timelines / 'test.jsonl'}",
-        ],
-    )  # fmt: skip
-    run = run_recipe(recipe)
+def page_file(grpo_run: Path, timelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run of GRPO in which one completion is markup."""
+    run = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(grpo_run, run)
+    audio = read_rows(timelines / "train.jsonl")[0].audio
     lines = (run / "rollouts.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    hostile = first | {"completion": f"{HOSTILE} at <t>1.5-2.0</t>", "reward": 0.123, "step": 2,
-                       "group_id": "hostile", "audio": rows[0].audio}  # fmt: skip
+    hostile = json.loads(lines[0]) | {
+        "completion": f"{HOSTILE} at <t>1.5-2.0</t>", "reward": 0.123, "step": 2,
+        "group_id": "hostile", "audio": audio,
+    }  # fmt: skip
     (run / "rollouts.jsonl").write_text("\n".join([*lines, json.dumps(hostile)]) + "\n")
-    return run
+    return write_report(run)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +47,6 @@ def browser() -> Iterator[Any]:
         )
         yield started
         started.close()
-
-
-@pytest.fixture(scope="module")
-def page_file(grpo_run: Path) -> Path:
-    return write_report(grpo_run)
 
 
 @pytest.fixture

@@ -59,7 +59,10 @@ def test_mmau_answers_are_the_options_own_words(tmp_path: Path) -> None:
     assert found.id == "mmau/a" and found.choices == ("cat", "rain") and found.answer == "rain"
     assert found.prompt[0]["content"].endswith("options:\n(A) cat\n(B) rain")
     assert skipped.reason == "audio not in the folder"
-    assert group_values(found, SUITES["choice"].groups)["difficulty"] == "easy"
+    groups = group_values(found, SUITES["choice"].groups)
+    assert groups == {
+        "source": "mmau", "domain": "sound", "difficulty": "easy", "language": "en"
+    }  # fmt: skip
     assert rs.of_choice(found, says("(B)"))["accuracy"] == (1.0, 1.0)
 
 
@@ -79,7 +82,7 @@ def test_mmau_pro_mmar_and_mmsu(tmp_path: Path) -> None:
              "answer": "u", "modality": "mix", "language": "en"}]  # fmt: skip
     clip(tmp_path / "mmar" / "audio" / "m.wav")
     (tmp_path / "mmar" / "MMAR-meta.json").write_text(json.dumps(mmar))
-    assert read_source("choice", source(tmp_path / "mmar"))[0][0].metadata["modality"] == "mix"
+    assert read_source("choice", source(tmp_path / "mmar"))[0][0].metadata["domain"] == "mix"
     mmsu = {"id": "s", "audio_path": "audio/s.wav", "question": "Q", "choice_a": "p",
             "choice_b": "q", "choice_c": "r", "choice_d": "s", "answer_gt": "r"}  # fmt: skip
     clip(tmp_path / "mmsu" / "audio" / "s.wav")

@@ -56,10 +56,7 @@ def test_a_killed_evaluation_ends_with_the_same_scores(
     process.wait()
     kept = answers.read_text()
     assert 8 <= kept.count("\n") < len(read_rows(rows)) and not (killed / "scores.json").exists()
-    done = subprocess.run(
-        evaluate(nano, rows, killed), check=True, timeout=300, capture_output=True, text=True
-    )
-    assert f"/{len(read_rows(rows))}" in done.stderr, "the bar begins where the answers end"
+    subprocess.run(evaluate(nano, rows, killed), check=True, timeout=300, capture_output=True)
     assert answers.read_text().startswith(kept[: kept.rfind("\n")])
     for name in ("answers.jsonl", "scored.jsonl", "scores.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

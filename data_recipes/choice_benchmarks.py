@@ -67,8 +67,8 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def find(folder: Path, layout: str | None = None) -> tuple[str, Path]:
-    """(layout, file) of a folder.
+def find(folder: Path, layout: str | None = None) -> tuple[str, list[Path]]:
+    """(layout, files) of a folder: all shards of the first pattern that is there.
 
     Raises:
         FileNotFoundError: it holds none of the known files.
@@ -78,16 +78,17 @@ def find(folder: Path, layout: str | None = None) -> tuple[str, Path]:
             raise ValueError(f"--layout {name}: one of {', '.join(LAYOUTS)}")
         for pattern in LAYOUTS[name].files:
             if found := sorted(folder.glob(pattern)):
-                return name, found[0]
+                return name, found
     wanted = "; ".join(f"{name}: {' or '.join(one.files)}" for name, one in LAYOUTS.items())
     raise FileNotFoundError(f"{folder}: no benchmark in it; looked for {wanted}")
 
 
 def rows(folder: Path, layout: str | None = None) -> Iterator[Row | Skipped]:
     """One `choice` row a record."""
-    name, file = find(folder, layout)
-    for number, record in _records(file):
-        yield _row(record, f"{file}:{number}", folder, name)
+    name, files = find(folder, layout)
+    for file in files:
+        for number, record in _records(file):
+            yield _row(record, f"{file}:{number}", folder, name)
 
 
 def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -117,6 +118,8 @@ def _row(record: Mapping[str, Any], where: str, folder: Path, name: str) -> Row 
     choices = _choices(record, layout)
     if len(choices) < 2:
         return Skipped(identity, "no options: an open question")
+    if not all(choices):
+        return Skipped(identity, "an empty option")
     clip = clip_of(folder, str(sound))
     if isinstance(clip, Skipped):
         return Skipped(f"{identity}: {sound}", clip.reason)
@@ -139,7 +142,7 @@ def _choices(record: Mapping[str, Any], layout: Layout) -> tuple[str, ...]:
     else:
         values = record[layout.choices[0]] or []
         values = json.loads(values) if isinstance(values, str) else list(values)
-    return tuple(_unlettered(str(v), i) for i, v in enumerate(values) if str(v or "").strip())
+    return tuple(_unlettered(str(v), i) for i, v in enumerate(values) if v is not None)
 
 
 def _unlettered(choice: str, index: int) -> str:

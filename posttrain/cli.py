@@ -284,7 +284,7 @@ def _publish(args: argparse.Namespace) -> None:
         args.override, args.license, args.adapter, args.clip, args.eval, clips_s
     )
     if args.push and args.out.exists():
-        check_whole(args.out)  # published before: push it as it is
+        check_whole(args.out, args.source, adapter=args.adapter)  # push it as it is
     else:
         print(f"published: {publish(args.source, args.out, options)}")
     if args.push and args.dry_run:

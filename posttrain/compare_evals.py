@@ -58,7 +58,8 @@ def compare_evaluations(a: Path, b: Path) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any]:
     if not (folder / "scores.json").exists():
         raise FileNotFoundError(f"{folder}: no scores.json; run `posttrain eval` to its end first")
-    records = map(json.loads, (folder / "scored.jsonl").read_text().splitlines())
+    lines = (folder / "scored.jsonl").read_text(encoding="utf-8").split("\n")
+    records = map(json.loads, filter(None, lines))
     rows: Mapping[str, Any] = {r["id"]: r["statistics"] for r in records if r["statistics"]}
     return {"scores": json.loads((folder / "scores.json").read_text()), "rows": rows}
 

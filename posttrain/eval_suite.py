@@ -20,14 +20,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
-from posttrain.data.audio import audio_duration_s
+from posttrain.data.audio import load_audio
 from posttrain.data.rows import Row, write_rows
 from posttrain.evaluate.answers import Answer, collect_answers, read_answers
 from posttrain.evaluate.judge import Judge, collect_verdicts
 from posttrain.evaluate.row_statistics import Unscorable, signature, summarise
-from posttrain.evaluate.suites import PUBLISHED, SUITES, Source, group_values, read_source
+from posttrain.evaluate.suites import (
+    PUBLISHED,
+    SUITES,
+    Source,
+    group_values,
+    main_metric,
+    read_source,
+)
+from posttrain.model.load import audio_limit_s, load_processor
 from posttrain.schema import Recipe
+from posttrain.train.final_model import weights_digest
 from posttrain.train.resources import ray_session, serving
 from posttrain.train.run_folder import finite
 from posttrain.types import SamplingSettings
@@ -55,7 +65,7 @@ def evaluate_suite(
     rows, skipped = read_source(name, source)
     rows = [_instructed(row, instruction) for row in rows[:limit]]
     failed: list[Failed] = [{"id": item.what, "reason": item.reason} for item in skipped]
-    rows, unreadable = _readable(rows)
+    rows, unreadable = _readable(rows, _audio_limit_s(recipe))
     failed += unreadable
     settings = SamplingSettings(temperature, max_tokens or suite.max_tokens)
     asked = _asked(name, recipe, rows, settings, chunk_rows)
@@ -107,14 +117,17 @@ def _scored(
         "id": row.id, **asdict(answer), "groups": group_values(row, suite.groups), "statistics": {},
     }  # fmt: skip
     try:
+        if answer.error:
+            raise Unscorable(f"the engine refused it: {answer.error}")
         statistics = dict(suite.statistics(row, answer.completion))
-        if verdicts is not None:
-            verdict = verdicts[row.id]
-            if verdict is None:
-                raise Unscorable("the judge gave no verdict")
+        if verdicts is not None and (verdict := verdicts.get(row.id)) is not None:
             statistics["judge_accuracy"] = (float(verdict), 1.0)
-        truncated = answer.finish_reason == "length"
-        record["statistics"] = statistics | {"truncated_rate": (float(truncated), 1.0)}
+        elif verdicts is not None:
+            record["reason"] = "the judge gave no verdict"
+        if statistics:
+            truncated = answer.finish_reason == "length"
+            statistics["truncated_rate"] = (float(truncated), 1.0)
+        record["statistics"] = statistics
     except Unscorable as error:
         record["reason"] = str(error)
     return record
@@ -142,7 +155,8 @@ def _scores(
     corpus = [metric for metric in metrics if metric.startswith("bleu_") or metric == "chrf++"]
     known = {(row.source, row.language) for row in rows}
     return {
-        "suite": name, "model": recipe.model.path, "n": sum(bool(s) for s in statistics),
+        "suite": name, "model": recipe.model.path, "main": main_metric(name, rows),
+        "n": sum(bool(s) for s in statistics),
         "failed": len(failed), "metrics": metrics, "groups": groups,
         "signatures": {metric: signature(metric) for metric in corpus},
         "judge": judge.name if judge else None,
@@ -170,16 +184,21 @@ def _instructed(row: Row, instruction: str) -> Row:
     return replace(row, prompt=(*before, {**last, "content": f"{last['content']}\n{instruction}"}))
 
 
-def _readable(rows: Sequence[Row]) -> tuple[list[Row], list[Failed]]:
-    """Rows whose clip is there and can be opened; the others with the reason."""
-    kept, failed = [], []
-    for row in rows:
+def _audio_limit_s(recipe: Recipe) -> float:
+    return audio_limit_s(load_processor(recipe.model.path), recipe.model.max_audio_len_s)
+
+
+def _readable(rows: Sequence[Row], limit_s: float) -> tuple[list[Row], list[Failed]]:
+    """Rows whose clip the workers will take; the others with the reason. Every clip is decoded."""
+    wrong: dict[str | None, str] = {}
+    clips = dict.fromkeys(row.audio for row in rows if row.audio is not None)
+    for clip in tqdm(clips, desc="clips", unit=" clips", disable=None, leave=False):
         try:
-            if row.audio is not None:
-                audio_duration_s(row.audio)
-            kept.append(row)
+            load_audio(clip, max_duration_s=limit_s)
         except (ValueError, OSError) as error:
-            failed.append({"id": row.id, "reason": str(error)})
+            wrong[clip] = str(error)
+    kept = [row for row in rows if row.audio not in wrong]
+    failed = [{"id": r.id, "reason": wrong[r.audio]} for r in rows if r.audio in wrong]
     if not kept:
         raise ValueError(f"no row has a clip that can be read; the first: {failed[0]['reason']}")
     return kept, failed
@@ -193,7 +212,7 @@ def _asked(
     for row in rows:
         digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode())
     return {
-        "suite": name, "model": recipe.model.path, "weights": _weights(recipe.model.path),
+        "suite": name, "model": recipe.model.path, "weights": weights_digest(recipe.model.path),
         "rows": len(rows), "rows_sha256": digest.hexdigest(),
         "example_prompt": [dict(message) for message in rows[0].prompt],
         "sampling": {"temperature": settings.temperature, "max_tokens": settings.max_tokens,
@@ -208,16 +227,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except ImportError:  # PackageNotFoundError
         return None
-
-
-def _weights(path: str) -> dict[str, str] | None:
-    """File -> SHA-256 of its first MiB and its size; None for a Hub id."""
-    found = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with file.open("rb") as content:
-            start = hashlib.sha256(content.read(2**20)).hexdigest()[:16]
-        found[file.name] = f"{start}, {file.stat().st_size} bytes"
-    return found or None
 
 
 DECISIVE = ("suite", "model", "weights", "rows_sha256", "sampling", "engine", "dtype", "chunk_rows")

@@ -84,7 +84,7 @@ def _records(path: Path, findings: Findings) -> Iterator[tuple[int, Any]]:
     if text.lstrip().startswith("["):
         yield from read_records(path)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 record = json.loads(line)

@@ -66,7 +66,9 @@ def extract_choice(text: str, choices: Sequence[str]) -> str | None:
     if wrapped := _WRAPPED.findall(answer):
         answer = next(part for part in wrapped[-1] if part)
     if found := _letters(_ANSWER, answer, letters):
-        return found[-1]
+        by_text = _by_text(answer, choices, letters)
+        article = found[-1] == "A" and re.search(r"\bA\s+[a-z]", answer)
+        return by_text if article and by_text else found[-1]
     brackets = [m for m in _BRACKETED.finditer(answer) if m[1].upper() in letters]
     if brackets:
         undecided = {m.end() for m in _PAIR.finditer(answer) if m[1].upper() != m[2].upper()}
@@ -98,7 +100,8 @@ def _by_text(answer: str, choices: Sequence[str], letters: Sequence[str]) -> str
 
 
 def _normalise(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """Words and signed numbers; the signs of notes (C#) count."""
+    return " ".join(re.findall(r"(?<!\w)[-+−]\d[\w.,]*|\w+[#♯♭]?", text.lower()))
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,12 @@ class Choice:
 
 
 def _right_letter(row: Row) -> str | None:
-    answer = row.answer.strip().strip("().")
+    """The option whose text the answer is; else the letter that it is; else the one like it."""
     letters = [chr(ord("A") + i) for i in range(len(row.choices))]
-    if answer in letters:
-        return answer
-    wanted = _normalise(row.answer)
-    for letter, choice in zip(letters, row.choices, strict=True):
-        if _normalise(choice) == wanted:
-            return letter
-    return None
+    answer = row.answer.strip()
+    if answer in row.choices:
+        return letters[row.choices.index(answer)]
+    if (letter := answer.strip("().")) in letters:
+        return letter
+    alike = [i for i, c in enumerate(row.choices) if _normalise(c) == _normalise(answer)]
+    return letters[alike[0]] if len(alike) == 1 else None

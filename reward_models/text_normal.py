@@ -6,6 +6,7 @@ import re
 import unicodedata
 
 CHARACTER_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
+_ALIASES = {"cmn": "zh"}
 _TAGS = re.compile(r"<[^<>]{1,40}>|\[[^\[\]]{1,40}\]")
 _TAGGED_TIME = re.compile(r"<t>[^<]{0,80}</t>")
 _ARABIC_MARKS = re.compile("[\u064b-\u065f\u0670\u0640]")
@@ -17,8 +18,9 @@ _LETTERS = {
 
 
 def language_code(language: str) -> str:
-    """ "en" for en, en-US, en_us; language names are not known."""
-    return re.split(r"[-_]", language.lower())[0]
+    """ "en" for en, en-US, en_us, "zh" for FLEURS' cmn_hans_cn; language names are not known."""
+    code = re.split(r"[-_]", language.lower())[0]
+    return _ALIASES.get(code, code)
 
 
 def normalise_text(text: str, language: str = "en") -> str:

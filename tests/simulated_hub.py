@@ -60,7 +60,14 @@ class SimulatedHub:
         if "/commit/" in path:
             return 200, self._commit(path, body)
         if path.startswith("/api/models/"):
-            return 200, {"id": path.removeprefix("/api/models/"), "sha": "0" * 40, "siblings": []}
+            name = "/".join(path.split("/")[3:5])
+            held = self.repositories[name]
+            if "/tree/" in path:
+                return 200, [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40}
+                             for p, c in held["files"].items()]  # fmt: skip
+            siblings = [{"rfilename": p} for p in held["files"]]
+            return 200, {"id": name, "sha": "0" * 40, "private": held["private"],
+                         "siblings": siblings}  # fmt: skip
         return 404, {"error": f"{method} {path} is not simulated"}
 
     def _commit(self, path: str, body: bytes) -> dict[str, Any]:
@@ -73,6 +80,8 @@ class SimulatedHub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif record["key"] == "lfsFile":
                 files[value["path"]] = self.blobs[value["oid"]]
+            elif record["key"] == "deletedFile":
+                del files[value["path"]]
         return {"commitUrl": f"{self.endpoint}/{name}/commit/1", "commitOid": "1" * 40,
                 "success": True}  # fmt: skip
 

@@ -112,7 +112,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if text.lstrip().startswith("["):
             yield from enumerate(json.loads(text), start=1)
             return
-        for line_number, line in enumerate(text.splitlines(), start=1):
+        for line_number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield line_number, json.loads(line)
     except json.JSONDecodeError as error:
@@ -128,6 +128,8 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     with partial.open("w", encoding="utf-8") as out:
         for row in rows:
             record = asdict(row)
+            if not row.events and row.task in TIMED_TASKS:
+                del record["events"]  # nobody has labelled it
             if row.audio and Path(row.audio).is_relative_to(path.parent):
                 record["audio"] = Path(row.audio).relative_to(path.parent).as_posix()
             out.write(json.dumps(record, ensure_ascii=False) + "\n")

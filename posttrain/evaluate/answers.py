@@ -23,11 +23,16 @@ Generate = Callable[[Sequence[PromptRequest], SamplingSettings], list[Group]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What is kept of a completion: `finish_reason` as there, `num_tokens` sampled."""
+    """What is kept of a completion: `finish_reason` as there, `num_tokens` sampled.
+
+    Attributes:
+        error: why the engine refused this row; "" where it answered.
+    """
 
     text: str
     finish_reason: str
     num_tokens: int
+    error: str = ""
 
     @property
     def completion(self) -> Completion:
@@ -48,8 +53,7 @@ def collect_answers(
         for start in range(len(answers), len(rows), chunk_rows):
             part = rows[start : start + chunk_rows]
             requests = [PromptRequest(f"eval/{r.id}", r.id, r.prompt, r.audio, seed) for r in part]
-            groups = generate(requests, settings)
-            said = [_answer(group.completions[0]) for group in groups]
+            said = _asked(requests, generate, settings)
             lines = [{"id": r.id, **asdict(a)} for r, a in zip(part, said, strict=True)]
             file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
             file.flush()
@@ -67,18 +71,36 @@ def read_answers(path: Path, rows: Sequence[Row], chunk_rows: int) -> list[Answe
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
+    text = path.read_text(encoding="utf-8")
+    *whole, torn = text.split("\n")  # a text may hold U+2028: no splitlines()
     kept = len(whole) if len(whole) == len(rows) else len(whole) // chunk_rows * chunk_rows
     records = [json.loads(line) for line in whole[:kept]]
     for row, record in zip(rows, records, strict=False):
         if record["id"] != row.id:
             raise ValueError(f"{path}: answers {record['id']!r} where {row.id!r} is asked")
-    if kept < len(lines):
+    if torn or kept < len(whole):
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(whole[:kept]), encoding="utf-8")
+        partial.write_text("".join(f"{line}\n" for line in whole[:kept]), encoding="utf-8")
         os.replace(partial, path)
-    return [Answer(r["text"], r["finish_reason"], r["num_tokens"]) for r in records]
+    return [
+        Answer(r["text"], r["finish_reason"], r["num_tokens"], r.get("error", "")) for r in records
+    ]
+
+
+def _asked(
+    requests: Sequence[PromptRequest], generate: Generate, settings: SamplingSettings
+) -> list[Answer]:
+    """Answers of a chunk; where the engine refuses it, of each row by itself.
+
+    What an engine refuses (ValueError: a prompt too long for it) is the row's error, not the end of
+    the evaluation.
+    """
+    try:
+        return [_answer(group.completions[0]) for group in generate(requests, settings)]
+    except ValueError as error:
+        if len(requests) == 1:
+            return [Answer("", "error", 0, str(error).strip().split("\n")[-1])]
+        return [_asked([request], generate, settings)[0] for request in requests]
 
 
 def _answer(completion: Completion) -> Answer:

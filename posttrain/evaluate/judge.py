@@ -27,8 +27,9 @@ PROMPT = (
     "Does the answer to grade agree with the reference in what was asked? Reply with one word, "
     "CORRECT or INCORRECT."
 )
-_VERDICT = re.compile(r"\b(INCORRECT|CORRECT)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(INCORRECT|CORRECT)\W*", re.IGNORECASE)
 PARALLEL_REQUESTS = 8
+MAX_TOKENS = 1_024  # a judge that thinks needs room
 
 
 class Judge:
@@ -60,7 +61,7 @@ class Judge:
 
         try:
             said = self.client.chat.completions.create(
-                model=self.model, temperature=0.0, max_tokens=8, seed=0,
+                model=self.model, temperature=0.0, max_tokens=MAX_TOKENS, seed=0,
                 messages=[{"role": "user", "content": prompt_of(row, answer)}],
             )  # fmt: skip
         except OpenAIError as error:
@@ -83,27 +84,32 @@ def prompt_of(row: Row, answer: Answer) -> str:
 
 
 def read_verdict(text: str) -> bool | None:
-    """The first of the two words; None where neither stands."""
-    match = _VERDICT.search(text)
+    """What follows the judge's thought, if it is one of the two words and nothing else."""
+    match = _VERDICT.fullmatch(split_thinking(text)[1])
     return match[1].upper() == "CORRECT" if match else None
 
 
 def collect_verdicts(
     judge: Judge, rows: Sequence[Row], answers: Sequence[Answer], path: Path
 ) -> dict[str, bool | None]:
-    """Row id -> verdict; streamed to the file, and not asked again where they stand in it."""
+    """Row id -> verdict of this judge; streamed to the file, and not asked again where it stands.
+
+    Rows without a reference, or without an answer, are not put before a judge.
+    """
     known: dict[str, bool | None] = {}
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        path.write_text("".join(whole), encoding="utf-8")
-        known = {r["id"]: r["correct"] for r in map(json.loads, whole)}
-    left = [(r, a) for r, a in zip(rows, answers, strict=True) if r.id not in known]
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        records = [r for r in map(json.loads, whole) if r["judge"] == judge.name]
+        known = {r["id"]: r["correct"] for r in records}
+    pairs = zip(rows, answers, strict=True)
+    left = [(r, a) for r, a in pairs if r.id not in known and r.answer.strip() and not a.error]
     with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
         verdicts = threads.map(lambda pair: judge.verdict(*pair), left)
         bar = tqdm(zip(left, verdicts, strict=True), total=len(left), desc="judge", disable=None)
         for (row, _), verdict in bar:
             known[row.id] = verdict
-            file.write(json.dumps({"id": row.id, "correct": verdict}) + "\n")
+            record = {"id": row.id, "judge": judge.name, "correct": verdict}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
     return known

@@ -31,7 +31,7 @@ LOWER_IS_BETTER = frozenset({
     "round_number_rate", "unparseable_rate", "truncated_rate",
 })  # fmt: skip
 MEDIANS = frozenset({"onset_error_median_s"})
-BLEU_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 
 
 class Unscorable(ValueError):
@@ -86,6 +86,8 @@ def of_refusal(row: Row, completion: Completion) -> dict[str, Statistic]:
 
 def of_open(row: Row, completion: Completion) -> dict[str, Statistic]:
     """Open questions: nothing here; a judge decides."""
+    if not row.answer.strip():
+        raise Unscorable("the reference is empty")
     return {}
 
 

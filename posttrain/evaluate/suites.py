@@ -7,6 +7,7 @@ A suite is one entry in `SUITES`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from posttrain.data.rows import Row, read_rows
 from posttrain.evaluate import row_statistics
 from posttrain.evaluate.row_statistics import Statistic
 from posttrain.types import Completion
+from reward_models.text_normal import CHARACTER_LANGUAGES, language_code
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Suite:
         statistics: of one answer; raises `Unscorable` where there is nothing to compare with.
         max_tokens: longest answer unless asked otherwise.
         groups: keys of a row that scores are also shown by: fields, or keys of its metadata.
+        main: the metric to look at first.
         needs_judge: without a judge there is no score.
     """
 
@@ -67,6 +70,7 @@ class Suite:
     read: Callable[[Source], Iterable[Row | Skipped]] | None
     statistics: Callable[[Row, Completion], Mapping[str, Statistic]]
     max_tokens: int
+    main: str
     groups: tuple[str, ...] = ()
     needs_judge: bool = False
 
@@ -79,7 +83,7 @@ def read_source(name: str, source: Source) -> tuple[list[Row], list[Skipped]]:
     """
     suite = SUITES[name]
     if source.data.is_file() and source.data.suffix == ".jsonl":
-        return read_rows(source.data), []
+        return _chosen_rows(source), []
     if suite.read is None:
         raise ValueError(f"--data {source.data}: suite {name} reads a file of rows (ROWS.jsonl)")
     if not source.data.exists():
@@ -96,10 +100,34 @@ def read_source(name: str, source: Source) -> tuple[list[Row], list[Skipped]]:
         raise ValueError(
             f"--data {source.data}: not one row; {'; '.join(reasons) or 'it is empty'}"
         )
+    identity, count = Counter(row.id for row in rows).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"--data {source.data}: id {identity!r} stands there {count} times; every question "
+            "needs an id of its own"
+        )
     return rows, skipped
 
 
+def _chosen_rows(source: Source) -> list[Row]:
+    """Rows of a file; `--language` and `--split` choose among them."""
+    if source.layout or source.target:
+        raise ValueError(
+            f"--layout and --target belong to folders; {source.data} is a file of rows"
+        )
+    rows = [
+        row for row in read_rows(source.data)
+        if source.language in (None, row.language) and source.split in (None, row.split)
+    ]  # fmt: skip
+    if not rows:
+        raise ValueError(
+            f"--data {source.data}: no row of language {source.language} and split {source.split}"
+        )
+    return rows
+
+
 def _choice_rows(source: Source) -> Iterable[Row | Skipped]:
+    _refuse(source.split, "--split", "a choice benchmark's file is its split")
     return choice_benchmarks.rows(source.data, source.layout)
 
 
@@ -143,11 +171,17 @@ def _translation_rows(source: Source) -> Iterable[Row | Skipped]:
 
 def _long_audio_rows(source: Source) -> Iterable[Row | Skipped]:
     """NVIDIA's JSON with the clips beside it."""
+    _refuse(source.split, "--split", "all JSON files of the folder are read")
     files = sorted(source.data.glob("*.json*"))
     if not files:
         raise FileNotFoundError(f"--data {source.data}: no JSON of questions in the folder")
     for file in files:
         yield from af_think.rows(file, source.data)
+
+
+def _refuse(value: str | None, flag: str, why: str) -> None:
+    if value is not None:
+        raise ValueError(f"{flag} {value}: {why}; leave it out")
 
 
 def _given(value: str | None, flag: str, such_as: str) -> str:
@@ -169,34 +203,43 @@ def group_values(row: Row, keys: Sequence[str]) -> dict[str, str]:
 SUITES: dict[str, Suite] = {
     "grounding": Suite(
         "are the times true? labelled rows: grounding, dense, order, count, absent, points", None,
-        row_statistics.of_grounding, 1024, ("task", "split"),
+        row_statistics.of_grounding, 1024, "miou", ("task", "split"),
     ),
     "choice": Suite(
         "multiple choice: folders of MMAU, MMAU-Pro, MMAR, MMSU", _choice_rows,
-        row_statistics.of_choice, 1024,
+        row_statistics.of_choice, 1024, "accuracy",
         ("source", "domain", "category", "difficulty", "language"),
     ),
     "speech": Suite(
         "speech recognition: folders of LibriSpeech, FLEURS, Common Voice", _speech_rows,
-        row_statistics.of_speech, 512, ("language",),
+        row_statistics.of_speech, 512, "wer", ("language",),
     ),
     "translation": Suite(
         "speech translation: folders of CoVoST 2, FLEURS", _translation_rows,
-        row_statistics.of_translation, 512, ("language",),
+        row_statistics.of_translation, 512, "chrf++", ("language",),
     ),
     "long_audio": Suite(
         "open questions about long recordings: LongAudioBench's JSON; needs a judge",
-        _long_audio_rows, row_statistics.of_open, 1024, ("source",), needs_judge=True,
+        _long_audio_rows, row_statistics.of_open, 1024, "judge_accuracy", ("source",),
+        needs_judge=True,
     ),
     "refusal": Suite(
         "does it decline what is harmful, and only that? rows of data_recipes.refusals", None,
-        row_statistics.of_refusal, 128, ("task",),
+        row_statistics.of_refusal, 128, "refusal", ("task",),
     ),
     "robustness": Suite(
         "grounding over length, noise and music: rows of data_recipes.robustness", None,
-        row_statistics.of_grounding, 1024, ("length", "noise", "music"),
+        row_statistics.of_grounding, 1024, "miou", ("length", "noise", "music"),
     ),
 }  # fmt: skip
+
+
+def main_metric(name: str, rows: Sequence[Row]) -> str:
+    """The suite's, but characters for languages that are written without spaces."""
+    if name == "speech" and all(language_code(r.language) in CHARACTER_LANGUAGES for r in rows):
+        return "cer"
+    return SUITES[name].main
+
 
 PUBLISHED = (
     Published("covost2", "ar", "bleu_13a", "AF-Next (card)", 21.9),

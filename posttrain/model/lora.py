@@ -6,7 +6,9 @@ The audio encoder has q_proj, k_proj and v_proj of its own, so targets are chose
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,14 @@ def merge_adapter(base: str, adapter: str | Path, out_dir: Path, dtype: torch.dt
     from posttrain.model.load import load_model, load_processor, save_checkpoint
 
     model: Any = PeftModel.from_pretrained(load_model(base), str(adapter))
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    partial = out_dir.with_name(f".{os.getpid()}.{out_dir.name}.partial")
     save_checkpoint(model.merge_and_unload().to(dtype), load_processor(base), partial)
-    partial.rename(out_dir)
+    try:
+        partial.rename(out_dir)
+    except OSError:  # another process was first: the same bytes
+        if not out_dir.is_dir():
+            raise
+        shutil.rmtree(partial)
 
 
 def adapter_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from posttrain.data.rows import read_records
-from posttrain.train.final_model import run_of
+from posttrain.train.final_model import RunCheckpoint, checkpoint_of
 
-LONGEST = 32  # stages; more is a circle
+LONGEST = 32  # stages
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,15 @@ class Stage:
 
     Attributes:
         recipe: resolved, as a plain mapping.
-        summary: of the finished run; {} where it is not finished.
+        summary: of the finished run; {} where it is not finished, or where the checkpoint is not
+            the run's last: scores and gates do not speak of it.
     """
 
     folder: Path
     recipe: dict[str, Any]
     summary: dict[str, Any]
     environment: dict[str, Any]
+    checkpoint: RunCheckpoint
 
     @property
     def failed_gates(self) -> list[str]:
@@ -38,7 +42,7 @@ class Stage:
         for name in self.recipe.get("gates") or {}:
             gate = judged.get(name)
             if gate is None:
-                lines.append(f"{name}: not judged, the run is not finished")
+                lines.append(f"{name}: not judged on this checkpoint")
             elif not gate["passed"]:
                 lines.append(f"{name}: {'; '.join(gate['broken'])}")
         return lines
@@ -48,22 +52,24 @@ def lineage(path: str) -> tuple[str, list[Stage]]:
     """(base checkpoint, the runs after it, first one first) of a run or checkpoint.
 
     Raises:
-        ValueError: runs that start from each other.
+        ValueError: runs that start from each other, or from a folder that is not there any more.
     """
     stages: list[Stage] = []
-    while (run := run_of(path)) is not None:
-        if len(stages) == LONGEST:
-            raise ValueError(f"{path}: more than {LONGEST} runs lead to it; do they form a circle?")
+    while (checkpoint := checkpoint_of(path)) is not None:
+        run = checkpoint.run
+        if any(stage.folder == run for stage in stages) or len(stages) == LONGEST:
+            raise ValueError(f"{run}: the runs that lead to it form a circle")
         recipe = OmegaConf.to_container(OmegaConf.load(run / "recipe.yaml"), resolve=True)
         assert isinstance(recipe, dict)
-        if recipe.get("kind") == "ladder":
-            path = str(json.loads((run / "summary.json").read_text())["stages"][-1]["model"])
-            if run_of(path) == run:
-                raise ValueError(f"{run}: a ladder without stages")
-            continue
-        summary, environment = _json(run / "summary.json"), _json(run / "environment.json")
-        stages.insert(0, Stage(run, recipe, summary, environment))  # type: ignore[arg-type]
-        path = str(recipe["model"]["path"])
+        summary = _json(run / "summary.json") if checkpoint.is_last else {}
+        environment = _json(run / "environment.json")
+        stages.insert(0, Stage(run, recipe, summary, environment, checkpoint))  # type: ignore[arg-type]
+        path = str(environment.get("started_from") or recipe["model"]["path"])
+        if not Path(path).exists() and not HUB_ID.fullmatch(path):
+            raise ValueError(
+                f"{run}: started from {path}, which is not there; its own runs and gates cannot be "
+                "read: bring the folder back, or publish from the directory that the run started in"
+            )
     return path, stages
 
 

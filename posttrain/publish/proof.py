@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from posttrain.data.audio import load_audio
+from posttrain.data.audio import SAMPLE_RATE_HZ, load_audio
 from posttrain.data.chat import encode
 from posttrain.model.load import load_model, load_processor
 from posttrain.rollout.parity import ParityReport, measure_parity
+
+PROOF_S = 30.0  # of a clip: a long one's logits would fill a GPU
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,17 @@ class Proof:
 
 
 def logits_of(path: str, question: str, audio: Path, dtype: torch.dtype) -> torch.Tensor:
-    """(T, V) float32 logits of a question about a clip, on the CPU; the model is freed again."""
+    """(T, V) float32 logits of a question about the first `PROOF_S` of a clip, on the CPU.
+
+    The model is freed again.
+    """
     processor = load_processor(path)
     model: Any = load_model(path, dtype=dtype, device=_device())
     inputs = _inputs(processor, model, question, audio)
     with torch.no_grad():
-        logits = model(**inputs).logits[0].float().cpu()
-    del model
-    gc.collect()
+        logits = model(**inputs).logits[0].cpu().float()
+    del model, inputs
+    free_memory()
     return logits
 
 
@@ -86,11 +91,21 @@ def answer_of(path: str, question: str, audio: Path, dtype: torch.dtype) -> str:
     text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     if not text.strip():
         raise RuntimeError(f"{path}: says nothing about {audio}")
+    del model, inputs
+    free_memory()
     return str(text)
 
 
+def free_memory() -> None:
+    """Of models that nothing refers to any more, so that an engine finds it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _inputs(processor: Any, model: Any, question: str, audio: Path) -> dict[str, Any]:
-    encoded = encode(processor, [{"role": "user", "content": question}], load_audio(audio))
+    waveform = load_audio(audio)[: round(PROOF_S * SAMPLE_RATE_HZ)]
+    encoded = encode(processor, [{"role": "user", "content": question}], waveform)
     dtype = next(model.parameters()).dtype
     return {
         name: (

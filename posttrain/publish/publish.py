@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -24,9 +25,10 @@ from posttrain.model.load import load_model, load_processor, save_checkpoint
 from posttrain.publish.card import CardFacts, card_of, read_scores
 from posttrain.publish.licences import licence_of
 from posttrain.publish.lineage import Stage, lineage
-from posttrain.publish.proof import Example, Proof, logits_of, prove
-from posttrain.rollout.parity import DEFAULT_CLIPS_S
-from posttrain.train.final_model import model_of, run_of
+from posttrain.publish.proof import Example, Proof, free_memory, logits_of, prove
+from posttrain.publish.push import SOURCE_FILE
+from posttrain.rollout.parity import DEFAULT_CLIPS_S, TOLERANCES
+from posttrain.train.final_model import model_of, weights_digest
 from posttrain.types import GateFailed
 
 QUESTION = "Describe all events in the audio with start and end times."
@@ -66,23 +68,26 @@ def publish(source: str, out: Path, options: PublishOptions) -> Path:
         raise FileExistsError(f"--out {out}: exists already; remove it or give another folder")
     base, stages = lineage(source)
     failed = [f"{s.folder.name}: {line}" for s in stages for line in s.failed_gates]
+    source_record = {"source": str(Path(source).absolute()), "adapter": options.adapter}
     if failed and not options.override:
         raise GateFailed(
             f"{'; '.join(failed)}; publish all the same with --override REASON, which goes on the "
             "card"
         )
     licence = licence_of(base, options.licence)
-    evaluations = [read_scores(folder) for folder in options.evaluations]
+    evaluations = [_own_scores(folder, source) for folder in options.evaluations]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted one
     partial.mkdir(parents=True)
     try:
         proof: Proof | None = None
         if options.adapter:
-            _copy_adapter(source, partial)
+            _copy_adapter(base, stages, source, partial)
         else:
             proof = _write_and_prove(source, stages, partial, options)
         _copy_records(stages, partial / "posttrain")
+        (partial / SOURCE_FILE).parent.mkdir(exist_ok=True)
+        (partial / SOURCE_FILE).write_text(json.dumps(source_record) + "\n")
         facts = CardFacts(
             out.name, base, stages, licence, options.adapter, proof, evaluations, failed,
             options.override,
@@ -102,12 +107,15 @@ def _write_and_prove(
     console = Console()
     model_path = model_of(source)
     dtype = str(stages[-1].recipe["model"]["dtype"]) if stages else _stored_dtype(model_path)
+    if dtype not in TOLERANCES:
+        raise ValueError(f"{model_path}: {dtype}; publish it as one of {', '.join(TOLERANCES)}")
     clip = options.clip or _clip_of(stages)
     console.print(f"publishing {model_path} as {dtype}")
     expected_TV = logits_of(model_path, QUESTION, clip, getattr(torch, dtype))
     model = load_model(model_path, dtype=getattr(torch, dtype))
     save_checkpoint(model, load_processor(model_path), folder)
     del model
+    free_memory()
     console.print("written; reading it again: logits, vLLM against transformers, an answer")
     proof = prove(folder, expected_TV, Example(QUESTION, clip), dtype, options.clips_s)
     console.print(
@@ -140,19 +148,41 @@ def _clip_of(stages: Sequence[Stage]) -> Path:
     raise ValueError("no held-out clip is at hand to prove the model on; give one with --clip FILE")
 
 
-def _copy_adapter(source: str, folder: Path) -> None:
-    run = run_of(source)
-    steps = sorted((run / "checkpoints").glob("step-*")) if run else []
-    chosen = Path(source) if (Path(source) / "adapter").is_dir() else (steps or [Path()])[-1]
-    if not (chosen / "adapter").is_dir():
+def _copy_adapter(base: str, stages: Sequence[Stage], source: str, folder: Path) -> None:
+    """The adapter of the source's checkpoint, where it alone is what was trained on the base."""
+    if not (stages and stages[-1].checkpoint.has_adapter):
         raise ValueError(f"--adapter: {source} holds no LoRA adapter; publish it without the flag")
+    chosen = stages[-1].checkpoint.folder
     if (chosen / "model").exists():
         raise ValueError(
             f"--adapter: {source} trained more than its adapter (encoder, projector or "
             "embeddings); publish it merged, without the flag"
         )
+    if len(stages) > 1:
+        raise ValueError(
+            f"--adapter: {source} was trained on {stages[-1].recipe['model']['path']}, not on "
+            f"{base}: on the base the adapter would be another model; publish it without the flag"
+        )
     for path in sorted((chosen / "adapter").iterdir()):
         shutil.copy2(path, folder / path.name)
+
+
+def _own_scores(folder: Path, source: str) -> dict[str, Any]:
+    """Scores of an evaluation of this very model.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    scores = read_scores(folder)
+    model = model_of(source)
+    weights = weights_digest(model)
+    same = scores["asked"]["weights"] == weights if weights else scores["model"] == model
+    if not same:
+        raise ValueError(
+            f"--eval {folder}: scores of {scores['model']}, whose weights are not those of "
+            f"{source}; evaluate the model that is published"
+        )
+    return scores
 
 
 def _copy_records(stages: Sequence[Stage], folder: Path) -> None:

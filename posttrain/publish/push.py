@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
+import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+SOURCE_FILE = "posttrain/source.json"
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
@@ -16,29 +20,41 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
 
 
-def check_whole(folder: Path) -> None:
-    """Every file as its checksum says.
+def check_whole(folder: Path, source: str, *, adapter: bool = False) -> None:
+    """Every file as its checksum says, no other file, and made of this source.
 
     Raises:
-        ValueError: the folder was not written by `publish`, or was changed since.
+        ValueError: the folder was not written by `publish` of this source, or was changed since.
     """
     listing = folder / "checksums.sha256"
     if not listing.exists():
         raise ValueError(f"{folder}: no checksums.sha256; it was not written by posttrain publish")
-    for line in listing.read_text().splitlines():
-        digest, name = line.split("  ", 1)
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: missing; publish again into another folder")
-        with path.open("rb") as content:
+    lines = (line.split("  ", 1) for line in listing.read_text().split("\n") if line)
+    digests = {name: digest for digest, name in lines}
+    there = {name for name, _ in files_of(folder)} - {listing.name}
+    for name in sorted(there ^ digests.keys()):
+        what = "missing" if name in digests else "not written by posttrain publish; remove it"
+        raise ValueError(f"{folder / name}: {what}")
+    for name, digest in digests.items():
+        with (folder / name).open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != digest:
-                raise ValueError(f"{path}: changed since it was published; publish again")
+                raise ValueError(f"{folder / name}: changed since it was published; publish again")
+    asked = {"source": str(Path(source).absolute()), "adapter": adapter}
+    made_of = json.loads((folder / SOURCE_FILE).read_text())
+    if made_of != asked:
+        raise ValueError(
+            f"{folder}: published from {made_of['source']} (adapter alone: {made_of['adapter']}), "
+            f"not from {asked['source']} (adapter alone: {adapter}); give another --out"
+        )
 
 
 def push(
     folder: Path, repository: str, *, public: bool = False, endpoint: str | None = None
 ) -> str:
     """Creates the repository where it is missing and uploads in one commit; returns its address.
+
+    What the repository holds besides is removed in the same commit: old shards beside new ones
+    would be loaded.
 
     The token comes from HF_TOKEN, or from `hf auth login`.
 
@@ -55,15 +71,20 @@ def push(
     api = HfApi(endpoint=endpoint, token=os.environ.get("HF_TOKEN") or None)
     try:
         url = api.create_repo(repository, private=not public, exist_ok=True, repo_type="model")
+        if not public and not api.model_info(repository).private:
+            raise ValueError(
+                f"--push {repository}: that repository is public; add --public, or make it private"
+            )
         api.upload_folder(
-            repo_id=repository, folder_path=folder, repo_type="model",
+            repo_id=repository, folder_path=folder, repo_type="model", delete_patterns="*",
             commit_message="Published with posttrain",
         )  # fmt: skip
     except LocalTokenNotFoundError as error:
         raise ValueError(f"--push {repository}: no token; set HF_TOKEN") from error
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = str(error).split("\n")[0]
         raise RuntimeError(
-            f"--push {repository}: the Hub refused ({str(error).splitlines()[0]}); the folder "
+            f"--push {repository}: the Hub refused or could not be reached ({reason}); the folder "
             f"{folder} is complete: push it again with the same command"
         ) from error
     return str(url)

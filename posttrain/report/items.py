@@ -6,6 +6,7 @@ rollouts.jsonl, held_out/*.json, scored.jsonl  +  rows  -->  items, as the page 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,42 +17,46 @@ from reward_models.timestamps import parse_spans
 
 THOUGHT_END = "</think>"
 Item = dict[str, Any]
+Rows = Mapping[str, Mapping[str, Row]]  # source -> id -> row
 
 
-def rollout_items(run: Path, rows: Mapping[str, Row], clips: Clips, limit: int) -> list[Item]:
-    """Of rollouts.jsonl: whole groups of evenly chosen steps, the first and the last among them."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for record in read_lines(run / "rollouts.jsonl"):
-        groups.setdefault((record["step"], record["group_id"]), []).append(record)
+def rollout_items(run: Path, rows: Rows, clips: Clips, limit: int) -> list[Item]:
+    """Of rollouts.jsonl: whole groups of evenly chosen steps, the first and the last among them.
+
+    The file is read twice, and only the chosen lines are kept: it can hold gigabytes.
+    """
+    path = run / "rollouts.jsonl"
+    sizes = Counter((record["step"], record["group_id"]) for record in read_lines(path))
+    chosen = set(evenly(sizes, limit))
     items = []
-    for group in evenly(list(groups.values()), limit):
-        for record in group:
-            row = rows.get(record["prompt_id"])
-            items.append(
-                item(
-                    f"{record['group_id']} · {record['index']}", record["prompt"],
-                    record["completion"], row, clips.number(record["audio"]),
-                    score=record["reward"], terms=record["breakdown"], step=record["step"],
-                    status=record["status"], reason=record["reason"],
-                    truncated=record["finish_reason"] == "length", tokens=record["num_tokens"],
-                )
-            )  # fmt: skip
+    for record in read_lines(path):
+        if (record["step"], record["group_id"]) not in chosen:
+            continue
+        row = rows.get("train", {}).get(record["prompt_id"])
+        items.append(
+            item(
+                f"{record['group_id']} · {record['index']}", record["prompt"],
+                record["completion"], row, clips.number(record["audio"]), score=record["reward"],
+                terms=record["breakdown"], step=record["step"], status=record["status"],
+                reason=record["reason"], truncated=record["finish_reason"] == "length",
+                tokens=record["num_tokens"],
+            )
+        )  # fmt: skip
     return items
 
 
-def held_out_items(record: Mapping[str, Any], rows: Mapping[str, Row], clips: Clips,
-                   limit: int) -> list[Item]:  # fmt: skip
+def held_out_items(record: Mapping[str, Any], rows: Rows, clips: Clips, limit: int) -> list[Item]:
     """Of `held_out/before.json` or `after.json`: the answers of all its sources."""
-    answers = [one for source, part in record.items() if source != "step" for one in part]
+    answers = [(s, one) for s, part in record.items() if s != "step" for one in part]
     items = []
-    for one in spread(answers, limit):
-        row = rows.get(one["row_id"])
+    for source, one in spread(answers, limit):
+        row = rows.get(source, {}).get(one["row_id"])
         terms = {name: total / weight for name, (total, weight) in one["metrics"].items() if weight}
         items.append(
             item(
                 one["row_id"], row.prompt if row else (), one["text"], row,
                 clips.number(row.audio) if row else None, score=terms.get(one["metric"]),
-                terms=terms, truncated=one["truncated"],
+                terms=terms, truncated=one["truncated"], groups={"source": source},
             )
         )  # fmt: skip
     return items
@@ -106,18 +111,23 @@ def item(
     }  # fmt: skip
 
 
-def rows_of(recipe: Mapping[str, Any]) -> dict[str, Row]:
-    """Id -> row of every file of rows that a recipe names and that is still there."""
-    found: dict[str, Row] = {}
+def rows_of(recipe: Mapping[str, Any]) -> tuple[Rows, list[str]]:
+    """Rows of a recipe's files by source and id, and the files that could not be read.
+
+    All training sources are one, "train", as their ids are one set; the others have their names.
+    """
+    found: dict[str, dict[str, Row]] = {}
+    unread = []
+    if recipe["kind"] == "dpo":  # its training files hold pairs
+        recipe = {**recipe, "data": {**recipe["data"], "train": {}}}
     for kind in ("train", "held_out", "reported"):
-        for source in (recipe["data"].get(kind) or {}).values():
-            path = Path(source["path"])
-            if path.exists():
-                try:
-                    found |= {row.id: row for row in read_rows(path)}
-                except ValueError:
-                    continue  # pairs, not rows
-    return found
+        for name, source in (recipe["data"].get(kind) or {}).items():
+            try:
+                rows = {row.id: row for row in read_rows(source["path"])}
+                found.setdefault("train" if kind == "train" else name, {}).update(rows)
+            except (ValueError, OSError) as error:
+                unread.append(str(error))
+    return found, unread
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -126,12 +136,16 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
             yield from map(json.loads, lines)
 
 
-def evenly(groups: Sequence[list[Any]], limit: int) -> list[list[Any]]:
-    """As many whole groups as hold at most `limit` entries, spread over all of them."""
-    total = sum(map(len, groups))
-    if total <= limit or not groups:
-        return list(groups)
-    return spread(groups, max(1, limit * len(groups) // total))
+def evenly(sizes: Mapping[Any, int], limit: int) -> list[Any]:
+    """As many whole groups as hold about `limit` entries, spread over all of them.
+
+    Args:
+        sizes: group -> entries, in order.
+    """
+    total = sum(sizes.values())
+    if total <= limit:
+        return list(sizes)
+    return spread(list(sizes), max(1, limit * len(sizes) // total))
 
 
 def spread(entries: Sequence[Any], count: int) -> list[Any]:

@@ -108,7 +108,8 @@ def run_page(run: Path, clips: Clips, limit: int) -> Page:
     metrics = list(items.read_lines(run / "metrics.jsonl"))
     if metrics:
         page.figures["Training"] = figures.training_figures(metrics)
-    rows = items.rows_of(recipe)
+    rows, unread = items.rows_of(recipe)
+    page.facts += [("Rows without questions and labels here", reason) for reason in unread]
     if found := items.rollout_items(run, rows, clips, limit):
         page.collections["Rollouts while training"] = found
     for when in ("after", "before"):
@@ -122,7 +123,7 @@ def evaluation_page(folder: Path, clips: Clips, limit: int) -> Page:
     """Of a finished `posttrain eval`."""
     scores = _json(folder / "scores.json")
     asked = scores["asked"]
-    main = next(iter(scores["metrics"]), None)
+    main = _main(scores)
     page = Page(f"{scores['suite']}: {Path(scores['model']).name}", _evaluation_lead(scores))
     sampling = asked["sampling"]
     page.facts = [
@@ -203,9 +204,10 @@ def _verdict(summary: Mapping[str, Any]) -> str:
 
 
 def _evaluation_lead(scores: Mapping[str, Any]) -> str:
-    name, metric = next(iter(scores["metrics"].items()), (None, None))
-    if metric is None:
+    name = _main(scores)
+    if name is None:
         return "No row has a score."
+    metric = scores["metrics"][name]
     low, high = metric["ci95"]
     value, n = _number(metric["value"]), metric["n"]
     lead = f"{name} {value}, 95 % {_number(low)} to {_number(high)}, n = {n}."
@@ -217,6 +219,12 @@ def _evaluation_lead(scores: Mapping[str, Any]) -> str:
             f"({_number(cells[worst]['value'])})."
         )
     return lead
+
+
+def _main(scores: Mapping[str, Any]) -> str | None:
+    """The suite's main metric where the evaluation has it."""
+    metrics = scores["metrics"]
+    return scores["main"] if scores["main"] in metrics else next(iter(metrics), None)
 
 
 def render(page: Page, clips: Clips) -> str:

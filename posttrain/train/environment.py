@@ -14,11 +14,16 @@ import torch
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "ray")
 
 
-def environment() -> dict[str, Any]:
-    """Of the machine that drives the run; a cluster's other nodes are named by Ray's address."""
+def environment(model: str) -> dict[str, Any]:
+    """Of the machine that drives the run; a cluster's other nodes are named by Ray's address.
+
+    Args:
+        model: what the run starts from; a folder is written down as an absolute path.
+    """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
+        "started_from": str(Path(model).absolute()) if Path(model).exists() else model,
         "commit": commit(), "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES}, "cpus": cpus,
         "gpus": gpus, "memory_gib": _memory_gib(), "cluster": bool(os.environ.get("RAY_ADDRESS")),

@@ -44,7 +44,8 @@ class RunFolder:
         if self.checkpoint or (self.resumed and recipe.kind in WITHOUT_CHECKPOINT):
             _refuse_changed_recipe(self.path / "recipe.yaml", recipe)
         (self.path / "recipe.yaml").write_text(to_yaml(recipe))
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        record = environment(recipe.model.path)
+        (self.path / "environment.json").write_text(json.dumps(record, indent=1) + "\n")
         done = self.steps_done
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -99,7 +100,8 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        with path.open(encoding="utf-8") as lines:  # a text may hold U+2028: no splitlines()
+            return [json.loads(line) for line in lines]
 
     def save_json(self, name: str, content: Any) -> None:
         path = self.path / name
@@ -167,7 +169,7 @@ def _keep_lines_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

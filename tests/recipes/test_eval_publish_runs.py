@@ -83,7 +83,7 @@ def test_a_published_run_is_the_trained_model(published: Path, grpo_run: Path) -
     written = load_file(published / "model.safetensors")
     assert trained.keys() == written.keys()
     assert all(torch.equal(trained[name], written[name]) for name in trained)
-    check_whole(published)
+    check_whole(published, str(grpo_run))
     card = (published / "README.md").read_text()
     assert "license: cc-by-sa-3.0" in card and "logits equal" in card
     assert "| grpo_long_audio | GRPO | 2 |" in card and "<t>" in card

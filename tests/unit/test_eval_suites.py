@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,33 @@ def test_mmau_pro_mmar_and_mmsu(tmp_path: Path) -> None:
         read_source("choice", source(tmp_path / "mmsu"))
 
 
+def test_options_that_look_alike_are_told_apart() -> None:
+    notes = row(Task.CHOICE, "C# minor", choices=("C minor", "C# minor", "D minor"))
+    assert rs.of_choice(notes, says("It is in C# minor."))["accuracy"] == (1.0, 1.0)
+    letters = row(Task.CHOICE, "A", choices=("C", "A", "G"))
+    assert rs.of_choice(letters, says("(B)"))["accuracy"] == (1.0, 1.0)
+    levels = row(Task.CHOICE, "-5 dB", choices=("5 dB", "-5 dB"))
+    assert rs.of_choice(levels, says("about -5 dB"))["accuracy"] == (1.0, 1.0)
+    dogs = row(Task.CHOICE, "A dog barking", choices=("Cat meowing", "A dog barking"))
+    assert rs.of_choice(dogs, says("Answer: A dog barking"))["accuracy"] == (1.0, 1.0)
+
+
+def test_a_file_of_rows_is_filtered_and_doubles_are_refused(tmp_path: Path) -> None:
+    lines = [{"id": str(i), "prompt": "?", "task": "chat", "split": split, "answer": "x"}
+             for i, split in enumerate(("train", "test"))]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (found,), _ = read_source("refusal", source(tmp_path / "rows.jsonl", split="test"))
+    assert found.id == "1"
+    with pytest.raises(ValueError, match="no row of language None and split dev"):
+        read_source("refusal", source(tmp_path / "rows.jsonl", split="dev"))
+    clip(tmp_path / "mmar" / "a.wav")
+    record = {"id": "m", "audio_path": "a.wav", "question": "Q", "choices": ["0", "1"],
+              "answer": "1"}  # fmt: skip
+    (tmp_path / "mmar" / "MMAR-meta.json").write_text(json.dumps([record, record]))
+    with pytest.raises(ValueError, match="id 'mmar/m' stands there 2 times"):
+        read_source("choice", source(tmp_path / "mmar"))
+
+
 def test_librispeech_is_found_by_its_transcripts(tmp_path: Path) -> None:
     chapter = tmp_path / "test-clean" / "61" / "70968"
     clip(chapter / "61-70968-0000.flac", 2.0)
@@ -146,7 +174,7 @@ def test_translation_equals_sacrebleu_on_the_corpus() -> None:
     low, high = scores["chrf++"]["ci95"]
     assert low <= scores["chrf++"]["value"] <= high
     assert rs.bleu_name("zh-CN") == "bleu_zh" and rs.bleu_name("ja") == "bleu_ja-mecab"
-    assert rs.bleu_name("ar_eg") == "bleu_13a"
+    assert rs.bleu_name("ar_eg") == "bleu_13a" and rs.bleu_name("cmn_hans_cn") == "bleu_zh"
 
 
 def test_chinese_bleu_counts_characters() -> None:
@@ -242,21 +270,47 @@ def test_interrupted_answers_go_on_and_nothing_is_asked_twice(tmp_path: Path) ->
         read_answers(path, rows[1:], 4)
 
 
+def test_what_an_engine_refuses_is_one_rows_error(tmp_path: Path) -> None:
+    class Refusing(CountingModel):
+        def __call__(self, requests: Sequence[PromptRequest], settings: SamplingSettings):  # type: ignore[no-untyped-def]
+            if any(r.prompt_id == "r1" for r in requests):
+                raise ValueError("prompt of 9 tokens\nlonger than 8")
+            return super().__call__(requests, settings)
+
+    path, rows = tmp_path / "answers.jsonl", named_rows(3)
+    found = collect_answers(rows, Refusing(), SamplingSettings(0.0, 8), path, chunk_rows=3, seed=0)
+    assert [a.error for a in found] == ["", "longer than 8", ""]
+    assert read_answers(path, rows, 3) == found
+
+
+def test_a_line_separator_inside_an_answer_is_text(tmp_path: Path) -> None:
+    path, rows = tmp_path / "answers.jsonl", named_rows(2)
+    lines = [{"id": r.id, "text": "a\u2028b\u0085c", "finish_reason": "stop", "num_tokens": 3}
+             for r in rows]  # fmt: skip
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert [a.text for a in read_answers(path, rows, 1)] == ["a\u2028b\u0085c"] * 2
+
+
 def test_a_judge_that_says_neither_word_gives_no_verdict(tmp_path: Path) -> None:
     assert read_verdict("CORRECT") is True and read_verdict("Incorrect.") is False
-    assert read_verdict("The answer is incorrect") is False and read_verdict("Maybe") is None
+    assert read_verdict("<think>not correct?</think>**CORRECT**") is True
+    for text in ("Maybe", "NOT CORRECT", "Partially correct", "neither correct nor incorrect"):
+        assert read_verdict(text) is None
 
     class StandInJudge:
         asked = 0
+        name = "stand-in"
 
         def verdict(self, row: Row, answer: Answer) -> bool | None:
             type(self).asked += 1
             return {"r0": True, "r1": None}.get(row.id, False)
 
-    rows = named_rows(3)
-    answers = [Answer("x", "stop", 1)] * 3
+    rows = [replace(row, answer="y") for row in named_rows(3)] + [named_rows(4)[3]]
+    answers = [Answer("x", "stop", 1)] * 4
     path = tmp_path / "verdicts.jsonl"
-    path.write_text('{"id": "r2", "correct": true}\n{"id": "r1", "corr')
+    kept = {"id": "r2", "judge": "stand-in", "correct": True}
+    other = {"id": "r0", "judge": "another", "correct": False}
+    path.write_text(f'{json.dumps(kept)}\n{json.dumps(other)}\n{{"id": "r1", "jud')
     found = collect_verdicts(StandInJudge(), rows, answers, path)  # type: ignore[arg-type]
     assert found == {"r2": True, "r0": True, "r1": None} and StandInJudge.asked == 2
 

@@ -70,8 +70,30 @@ def test_lineage_goes_back_to_the_base(tmp_path: Path) -> None:
     recipe = yaml.safe_load((first / "recipe.yaml").read_text())
     recipe["model"]["path"] = str(second)
     (first / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match="do they form a circle"):
+    (first / "environment.json").unlink()
+    with pytest.raises(ValueError, match="form a circle"):
         lineage(str(second))
+    recipe["model"]["path"] = "gone/checkpoints/step-000001/model"
+    (first / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="started from gone/.*which is not there"):
+        lineage(str(second))
+
+
+def test_another_steps_scores_and_gates_are_not_this_ones(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "nvidia/audio-flamingo-next-think-hf")
+    early = run / "checkpoints" / "step-000003"
+    shutil.copytree(run / "checkpoints" / "step-000007", early)
+    ((_, (stage,)), (_, (last,))) = lineage(str(early)), lineage(str(run))
+    assert stage.summary == {} and stage.failed_gates == ["times: not judged on this checkpoint"]
+    assert last.summary and not last.failed_gates
+    assert lineage(str(run / "checkpoints/step-000007/adapter"))[1] == [last]
+
+
+def test_an_adapter_of_a_later_stage_is_no_adapter_of_the_base(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", "nvidia/audio-flamingo-next-think-hf")
+    second = write_run(tmp_path / "second", str(first))
+    with pytest.raises(ValueError, match="on the base the adapter would be another model"):
+        publish(str(second), tmp_path / "out", PublishOptions(adapter=True))
 
 
 def test_a_failed_gate_stops_it_and_an_override_stands_on_the_card(
@@ -87,7 +109,7 @@ def test_a_failed_gate_stops_it_and_an_override_stands_on_the_card(
     assert "Published although gates failed.** Reason given: needed for a &lt;b>demo" in card
     assert "loss of 0.1, 0.02 allowed" in card
     (run / "summary.json").write_text("{}")
-    with pytest.raises(GateFailed, match="times: not judged, the run is not finished"):
+    with pytest.raises(GateFailed, match="times: not judged on this checkpoint"):
         publish(str(run), tmp_path / "other", PublishOptions(adapter=True))
     assert main(command) == 2 and "exists already" in capsys.readouterr().err
 
@@ -108,10 +130,16 @@ def test_the_card_carries_nvidias_licence_and_every_figure(tmp_path: Path) -> No
         assert expected in card.content, expected
     assert (out / "adapter_model.safetensors").read_bytes() == b"weights"
     assert yaml.safe_load((out / "posttrain/1-run/recipe.yaml").read_text())["seed"] == 3
-    check_whole(out)
+    check_whole(out, str(run), adapter=True)
+    with pytest.raises(ValueError, match="published from .*run .adapter alone: True., not from"):
+        check_whole(out, str(tmp_path / "another"), adapter=True)
+    (out / "notes.txt").write_text("private")
+    with pytest.raises(ValueError, match=r"notes.txt: not written by posttrain publish"):
+        check_whole(out, str(run), adapter=True)
+    (out / "notes.txt").unlink()
     (out / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"adapter_model.safetensors: changed since"):
-        check_whole(out)
+        check_whole(out, str(run), adapter=True)
 
 
 def test_licences(tmp_path: Path) -> None:
@@ -161,7 +189,7 @@ def test_foreign_text_cannot_break_a_card() -> None:
 def test_hardware_in_one_line() -> None:
     eight = {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "cluster": True}
     assert hardware(eight) == "8 x NVIDIA H100 80GB HBM3, and other nodes of a cluster"
-    assert environment()["packages"]["torch"]
+    assert environment("a/b")["packages"]["torch"] and environment("a/b")["started_from"] == "a/b"
 
 
 # --- upload -----------------------------------------------------------------------------------
@@ -192,12 +220,23 @@ def test_push_is_private_and_whole(hub: SimulatedHub, published: Path) -> None:
     assert hub.tokens == {"Bearer hf_a_token_of_the_test"}
     push(published, "lab/open", public=True, endpoint=hub.endpoint)
     assert hub.repositories["lab/open"]["private"] is False
+    with pytest.raises(ValueError, match="that repository is public"):
+        push(published, "lab/open", endpoint=hub.endpoint)
+
+
+def test_a_push_replaces_what_was_there(hub: SimulatedHub, published: Path) -> None:
+    old = {"private": True, "files": {"model.safetensors": b"old", ".gitattributes": b"x"}}
+    hub.repositories["lab/model"] = old
+    push(published, "lab/model", endpoint=hub.endpoint)
+    assert "model.safetensors" not in old["files"] and "README.md" in old["files"]
 
 
 def test_a_dry_run_asks_nobody(
     hub: SimulatedHub, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["publish", "x", "--out", str(published), "--push", "lab/model", "--dry-run"]
+    source = str(published.parent / "run")
+    command = ["publish", source, "--out", str(published), "--adapter", "--push", "lab/model",
+               "--dry-run"]  # fmt: skip
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "would go to lab/model, private" in shown

@@ -138,8 +138,8 @@ const addresses = new Map();  // clip number -> address of its sound
 function address(clipNumber) {
   if (!addresses.has(clipNumber)) {
     const clip = data.clips[clipNumber];
-    addresses.set(clipNumber, clip.opus
-      ? URL.createObjectURL(new Blob([bytes(clip.opus)], { type: "audio/ogg; codecs=opus" }))
+    addresses.set(clipNumber, clip.mp3
+      ? URL.createObjectURL(new Blob([bytes(clip.mp3)], { type: "audio/mpeg" }))
       : encodeURI(clip.href));
   }
   return addresses.get(clipNumber);
@@ -239,7 +239,7 @@ function clipParts(item) {
     key.append(entry);
   }
   const parts = [svg, key, audio];
-  if (!clip.opus) {
+  if (!clip.mp3) {
     const link = element("a", `${clip.name} (not embedded)`);
     link.href = encodeURI(clip.href);
     parts.push(link);

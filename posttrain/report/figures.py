@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from posttrain.evaluate.row_statistics import LOWER_IS_BETTER
 
 Figure = dict[str, Any]
@@ -41,6 +43,7 @@ def training_figures(metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     if "reward/mean" in known:
         figures.append(_reward(metrics))
     terms = [k for k in known if k.startswith("reward/") and k not in NOT_TERMS]
+    terms.sort(key=lambda name: (name.count("/") > 1, -_spread(name, metrics)))
     if terms:
         figures.append(_lines(
             "Reward terms", "Each reward and each term of its breakdown, mean of a step. Click a "
@@ -215,6 +218,11 @@ def _figure(
 
 def _matches(name: str, pattern: str) -> bool:
     return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+
+
+def _spread(name: str, metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Standard deviation over steps: what does not move is shown last."""
+    return float(np.std([m[name] for m in metrics if _is_number(m.get(name))]))
 
 
 def _is_number(value: Any) -> bool:

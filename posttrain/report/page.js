@@ -30,12 +30,21 @@ function layoutOf(figure) {
   };
 }
 
+function drawIn(place) {
+  const figure = data.figures[place.dataset.section][Number(place.dataset.number)];
+  Plotly.react(place, themed(figure.data), layoutOf(figure),
+    { responsive: true, displayModeBar: false });
+}
+
+/** One figure after the other, so that the page can be used meanwhile. */
 function draw() {
-  for (const place of document.querySelectorAll(".plot")) {
-    const figure = data.figures[place.dataset.section][Number(place.dataset.number)];
-    Plotly.react(place, themed(figure.data), layoutOf(figure),
-      { responsive: true, displayModeBar: false });
-  }
+  const places = [...document.querySelectorAll(".plot")];
+  const next = () => {
+    if (!places.length) return;
+    drawIn(places.shift());
+    setTimeout(next);
+  };
+  setTimeout(next);
 }
 
 dark.addEventListener("change", () => { draw(); showDetail(); });

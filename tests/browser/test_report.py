@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; apt-get install chromium"),
 ]
+DRAWN = "() => [...document.querySelectorAll('.plot')].every((p) => p.querySelector('svg'))"
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
 
 
@@ -110,7 +111,8 @@ def test_filters_and_order(opened: tuple[Any, list[str]]) -> None:
     page.select_option("#kind", "truncated")
     page.select_option("#collection", index=1)
     assert int(page.inner_text("#count").split(" of ")[1]) == 8, "held-out answers, two sources"
-    assert page.locator(".plot .main-svg").count() > 5
+    page.wait_for_function(DRAWN)
+    assert page.locator(".plot").count() > 5
     assert wrong == []
 
 
@@ -122,6 +124,7 @@ def test_it_fits_and_can_be_read(browser: Any, page_file: Path, scheme: str, wid
 
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page.goto(page_file.as_uri())
+    page.wait_for_function(DRAWN)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = Axe().run(page)["violations"]
     problems = [(v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found]

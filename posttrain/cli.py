@@ -135,7 +135,7 @@ def _add_eval_commands(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--instruction", default="", help="added to every question")
     evaluate.add_argument("--judge", default=None, metavar="URL", help="OpenAI-compatible endpoint")
     evaluate.add_argument("--judge-model", default=None, metavar="NAME")
-    evaluate.add_argument("--chunk-rows", type=int, default=64, help="asked for and kept together")
+    evaluate.add_argument("--chunk-rows", type=int, default=256, help="asked for and kept together")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="as in recipes")
     evaluate.set_defaults(command=_eval)

@@ -66,14 +66,16 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def show(result: Mapping[str, Any]) -> None:
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width; 80 would break every line
     table = Table(title=f"{result['suite']}: B - A on {result['n']} rows that both have scored")
     for column in ("metric", "A", "B", "B - A", "95 %", "n", "B is"):
         table.add_column(column, justify="left" if column in ("metric", "B is") else "right")
     for name, m in result["metrics"].items():
         low, high = m["paired_diff"]["ci95"]
         table.add_row(
-            name, f"{m['a']:.4g}", f"{m['b']:.4g}", f"{m['paired_diff']['mean']:+.4g}",
-            f"{low:+.4g} to {high:+.4g}", str(m["n"]), verdict(low, high, m["better"]),
+            name, f"{m['a']:.3g}", f"{m['b']:.3g}", f"{m['paired_diff']['mean']:+.3g}",
+            f"{low:+.3g} to {high:+.3g}", str(m["n"]), verdict(low, high, m["better"]),
         )  # fmt: skip
     console.print(f"A: {result['a']['model']}  ({result['a']['path']})")
     console.print(f"B: {result['b']['model']}  ({result['b']['path']})")

@@ -149,10 +149,13 @@ function address(clipNumber) {
     const clip = data.clips[clipNumber];
     addresses.set(clipNumber, clip.mp3
       ? URL.createObjectURL(new Blob([bytes(clip.mp3)], { type: "audio/mpeg" }))
-      : encodeURI(clip.href));
+      : linkTo(clip));
   }
   return addresses.get(clipNumber);
 }
+
+/** Relative address of a clip's file; "#" and "?" in its name are part of the name. */
+function linkTo(clip) { return clip.href.split("/").map(encodeURIComponent).join("/"); }
 
 function bytes(base64) { return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)); }
 
@@ -250,7 +253,7 @@ function clipParts(item) {
   const parts = [svg, key, audio];
   if (!clip.mp3) {
     const link = element("a", `${clip.name} (not embedded)`);
-    link.href = encodeURI(clip.href);
+    link.href = linkTo(clip);
     parts.push(link);
   }
   return parts;

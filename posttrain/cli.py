@@ -233,11 +233,9 @@ def _data_select(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from posttrain.config import engine_recipe
-    from posttrain.eval_suite import evaluate_suite, show
+    from posttrain.eval_suite import asking_recipe, evaluate_suite, show
     from posttrain.evaluate.judge import Judge
     from posttrain.evaluate.suites import Source
-    from posttrain.train.final_model import model_of
 
     if (args.judge is None) != (args.judge_model is None):
         raise ValueError("--judge URL and --judge-model NAME belong together; give both or none")
@@ -247,7 +245,7 @@ def _eval(args: argparse.Namespace) -> None:
         args.data, args.layout, args.language, args.target, args.split, out.absolute() / "audio"
     )
     scores = evaluate_suite(
-        args.suite, engine_recipe(model_of(args.model), args.overrides), source, out,
+        args.suite, asking_recipe(args.model, args.overrides), source, out,
         max_tokens=args.max_tokens, temperature=args.temperature, instruction=args.instruction,
         judge=Judge(args.judge, args.judge_model) if args.judge else None, limit=args.limit,
         chunk_rows=args.chunk_rows,

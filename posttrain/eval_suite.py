@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from posttrain.config import engine_recipe, load_recipe
 from posttrain.data.audio import load_audio
 from posttrain.data.rows import Row, write_rows
 from posttrain.evaluate.answers import Answer, collect_answers, read_answers
@@ -37,12 +38,24 @@ from posttrain.evaluate.suites import (
 )
 from posttrain.model.load import audio_limit_s, load_processor
 from posttrain.schema import Recipe
-from posttrain.train.final_model import weights_digest
+from posttrain.train.final_model import checkpoint_of, model_of, weights_digest
 from posttrain.train.resources import ray_session, serving
 from posttrain.train.run_folder import finite
 from posttrain.types import SamplingSettings
 
 Failed = dict[str, str]
+
+
+def asking_recipe(model: str, overrides: Sequence[str]) -> Recipe:
+    """How a model is asked: a run's as its recipe has it (dtype, engine, workers), else defaults."""
+    checkpoint = checkpoint_of(model)
+    if checkpoint is None:
+        return engine_recipe(model, overrides)
+    recipe = load_recipe(checkpoint.run / "recipe.yaml", overrides)
+    return replace(
+        recipe, model=replace(recipe.model, path=model_of(model)), rewards={},
+        lora=replace(recipe.lora, enabled=False),  # model_of has merged it
+    )  # fmt: skip
 
 
 def evaluate_suite(

@@ -47,7 +47,7 @@ Failed = dict[str, str]
 
 
 def asking_recipe(model: str, overrides: Sequence[str]) -> Recipe:
-    """How a model is asked: a run's as its recipe has it (dtype, engine, workers), else defaults."""
+    """How a model is asked: a run's as its recipe says (dtype, engine, workers), else defaults."""
     checkpoint = checkpoint_of(model)
     if checkpoint is None:
         return engine_recipe(model, overrides)

@@ -130,13 +130,19 @@ def _save_shards(weights: dict[str, torch.Tensor], out_dir: Path) -> None:
     for old in out_dir.glob("model*.safetensors*"):
         old.unlink()
     if len(shards) == 1:
-        save_file(shards[0], out_dir / "model.safetensors", metadata={"format": "pt"})
+        _save_readable(shards[0], out_dir / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out_dir / name, metadata={"format": "pt"})
+        _save_readable(shard, out_dir / name)
         weight_map |= dict.fromkeys(shard, name)
     total = sum(t.numel() * t.element_size() for t in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _save_readable(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors makes files that only their owner can read; these are to be shared."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)

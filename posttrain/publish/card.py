@@ -85,9 +85,10 @@ def _opening(facts: CardFacts) -> str:
     stages = ", then ".join(
         METHODS.get(stage.recipe["kind"], stage.recipe["kind"]) for stage in facts.stages
     )
+    base = Path(facts.base).name if Path(facts.base).exists() else facts.base
     what = "A LoRA adapter for" if facts.adapter else "A checkpoint of Audio Flamingo Next's kind:"
     made = f", made by {stages} with posttrain" if stages else ""
-    lines = [f"{what} `{facts.base}`{made}.", ""]
+    lines = [f"{what} `{base}`{made}.", ""]
     if facts.licence.warning:
         lines += [f"> {facts.licence.warning}", ""]
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from posttrain.publish.card import CardFacts, card_of, read_scores
 from posttrain.publish.licences import licence_of
 from posttrain.publish.lineage import Stage, lineage
 from posttrain.publish.proof import Example, Proof, free_memory, logits_of, prove
-from posttrain.publish.push import SOURCE_FILE
+from posttrain.publish.push import SOURCE_FILE, source_record
 from posttrain.rollout.parity import DEFAULT_CLIPS_S, TOLERANCES
 from posttrain.train.final_model import model_of, weights_digest
 from posttrain.types import GateFailed
@@ -68,7 +68,6 @@ def publish(source: str, out: Path, options: PublishOptions) -> Path:
         raise FileExistsError(f"--out {out}: exists already; remove it or give another folder")
     base, stages = lineage(source)
     failed = [f"{s.folder.name}: {line}" for s in stages for line in s.failed_gates]
-    source_record = {"source": str(Path(source).absolute()), "adapter": options.adapter}
     if failed and not options.override:
         raise GateFailed(
             f"{'; '.join(failed)}; publish all the same with --override REASON, which goes on the "
@@ -87,7 +86,8 @@ def publish(source: str, out: Path, options: PublishOptions) -> Path:
             proof = _write_and_prove(source, stages, partial, options)
         _copy_records(stages, partial / "posttrain")
         (partial / SOURCE_FILE).parent.mkdir(exist_ok=True)
-        (partial / SOURCE_FILE).write_text(json.dumps(source_record) + "\n")
+        made_of = source_record(source, adapter=options.adapter)
+        (partial / SOURCE_FILE).write_text(json.dumps(made_of) + "\n")
         facts = CardFacts(
             out.name, base, stages, licence, options.adapter, proof, evaluations, failed,
             options.override,
@@ -191,7 +191,8 @@ def _copy_records(stages: Sequence[Stage], folder: Path) -> None:
         part = folder / f"{number}-{stage.folder.name}"
         part.mkdir(parents=True)
         (part / "recipe.yaml").write_text(yaml.safe_dump(stage.recipe, sort_keys=False))
-        for name, record in (("summary", stage.summary), ("environment", stage.environment)):
+        environment = {k: v for k, v in stage.environment.items() if k != "started_from"}
+        for name, record in (("summary", stage.summary), ("environment", environment)):
             (part / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -5,6 +5,7 @@ random clips -> vLLM samples a completion -> transformers scores the same tokens
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def measure_parity(
     Raises:
         ValueError: no AF-Next checkpoint; a clip longer than the processor takes.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # pages of warnings otherwise
     from posttrain.rollout.transformers_engine import TransformersEngine
     from posttrain.rollout.vllm_engine import VllmEngine
 

@@ -131,8 +131,10 @@ def test_the_card_carries_nvidias_licence_and_every_figure(tmp_path: Path) -> No
     assert (out / "adapter_model.safetensors").read_bytes() == b"weights"
     assert yaml.safe_load((out / "posttrain/1-run/recipe.yaml").read_text())["seed"] == 3
     check_whole(out, str(run), adapter=True)
-    with pytest.raises(ValueError, match="published from .*run .adapter alone: True., not from"):
+    with pytest.raises(ValueError, match="not published from .*another --adapter"):
         check_whole(out, str(tmp_path / "another"), adapter=True)
+    written = "".join(p.read_text() for p in (out / "posttrain").rglob("*.json"))
+    assert str(run) not in written + (out / "README.md").read_text(), "paths of this machine"
     (out / "notes.txt").write_text("private")
     with pytest.raises(ValueError, match=r"notes.txt: not written by posttrain publish"):
         check_whole(out, str(run), adapter=True)

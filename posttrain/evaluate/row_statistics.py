@@ -17,6 +17,7 @@ import numpy as np
 
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
+from posttrain.evaluate.row_metrics import LOWER_IS_BETTER as row_metrics_lower
 from posttrain.evaluate.row_metrics import row_metrics, transcript_metrics
 from posttrain.types import Completion, RewardStatus, Task
 from reward_models.choice import Choice
@@ -26,8 +27,8 @@ from reward_models.text_normal import language_code
 from reward_models.transcript import Transcript
 
 Statistic = tuple[float, ...]
-LOWER_IS_BETTER = frozenset({
-    "wer", "cer", "over_refusal", "onset_error_s", "onset_error_median_s", "packed_rate",
+LOWER_IS_BETTER = row_metrics_lower | frozenset({
+    "onset_error_s", "onset_error_median_s", "packed_rate",
     "round_number_rate", "unparseable_rate", "truncated_rate",
 })  # fmt: skip
 MEDIANS = frozenset({"onset_error_median_s"})

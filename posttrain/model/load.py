@@ -143,6 +143,6 @@ def _save_shards(weights: dict[str, torch.Tensor], out_dir: Path) -> None:
 
 
 def _save_readable(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors makes files that only their owner can read; these are to be shared."""
+    """Read by whom config.json is: that file follows the umask, safetensors' own does not."""
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    path.chmod((path.parent / "config.json").stat().st_mode)

@@ -74,10 +74,10 @@ def prove(
     if not torch.equal(found_TV, expected_TV):
         difference = float((found_TV - expected_TV).abs().max())
         raise RuntimeError(f"{folder}: logits differ from the source's by up to {difference:.3g}")
-    report = measure_parity(str(folder), clips_s=clips_s, dtype=dtype)
+    answer = answer_of(str(folder), example.question, example.audio, getattr(torch, dtype))
+    report = measure_parity(str(folder), clips_s=clips_s, dtype=dtype)  # last: vLLM keeps memory
     if not report.within_tolerance:
         raise RuntimeError(f"{folder}: vLLM and transformers differ:\n{report.to_text()}")
-    answer = answer_of(str(folder), example.question, example.audio, getattr(torch, dtype))
     return Proof(found_TV.numel(), report, Example(example.question, example.audio, answer))
 
 

@@ -25,7 +25,7 @@ def environment(model: str) -> dict[str, Any]:
     return {
         "started_from": str(Path(model).absolute()) if Path(model).exists() else model,
         "commit": commit(), "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES}, "cpus": cpus,
+        "packages": {name: package_version(name) for name in PACKAGES}, "cpus": cpus,
         "gpus": gpus, "memory_gib": _memory_gib(), "cluster": bool(os.environ.get("RAY_ADDRESS")),
     }  # fmt: skip
 
@@ -58,7 +58,8 @@ def commit() -> str | None:
     return f"{head}{'+' if changed else ''}" if head else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

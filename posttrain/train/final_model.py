@@ -49,7 +49,10 @@ def checkpoint_of(path: str) -> RunCheckpoint | None:
             return checkpoint_of(str(stages[-1]["model"]))
         name = None
     else:
-        name = next(p for p in given.absolute().relative_to(run.absolute()).parts if "step-" in p)
+        parts = given.absolute().relative_to(run.absolute()).parts
+        name = next((part for part in parts if part.startswith("step-")), None)
+        if name is None:
+            return None  # something else that lies there
     steps = sorted((run / "checkpoints").glob("step-*"))
     if not steps:
         raise ValueError(f"{path}: a run without a checkpoint; run it to its end first")

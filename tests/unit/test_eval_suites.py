@@ -360,6 +360,9 @@ def test_the_grid_keeps_the_clip_and_moves_its_times(tmp_path: Path) -> None:
     noise = load_audio(loud.audio) - mixed
     snr = 20 * np.log10(np.sqrt(np.mean(original**2)) / np.sqrt(np.mean(noise**2)))
     assert snr == pytest.approx(0.0, abs=0.5)
+    music = load_audio(cells["clean", "music"].audio) - mixed
+    below = 20 * np.log10(np.sqrt(np.mean(original**2)) / np.sqrt(np.mean(music**2)))
+    assert below == pytest.approx(10.0, abs=0.5), "the bed lies 10 dB below the clip"
     (too_long,) = robustness.rows([question], [1.0], [1], beds, tmp_path / "out")
     assert "no labelled clip that fits" in too_long.reason  # type: ignore[union-attr]
 

@@ -79,6 +79,12 @@ def test_lineage_goes_back_to_the_base(tmp_path: Path) -> None:
         lineage(str(second))
 
 
+def test_what_only_lies_in_a_run_is_no_checkpoint_of_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "nvidia/audio-flamingo-next-think-hf")
+    (run / "copied").mkdir()
+    assert lineage(str(run / "copied")) == (str(run / "copied"), [])
+
+
 def test_another_steps_scores_and_gates_are_not_this_ones(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "nvidia/audio-flamingo-next-think-hf")
     early = run / "checkpoints" / "step-000003"

@@ -27,7 +27,7 @@ from data_recipes.quickstart import SPEC
 from data_recipes.recorded_prompts import load_recordings
 from posttrain.data.rows import Row, write_rows
 
-COUNTS = {"sft": 256, "think": 768, "grpo": 2048, "test": 1920}
+COUNTS = {"sft": 256, "think": 768, "grpo": 2048, "test": 3840}
 SEEDS = {"sft": 11, "think": 12, "grpo": 13, "test": 14}
 QUESTIONS_A_CLIP = 3
 

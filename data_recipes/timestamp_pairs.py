@@ -182,9 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Labelled rows -> preference pairs about times")
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar="ROWS.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="PAIRS.jsonl")
+    parser.add_argument("--rows", type=int, metavar="N", help="of the first N rows alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    pairs = make_pairs(read_rows(args.source), args.seed)
+    pairs = make_pairs(read_rows(args.source)[: args.rows], args.seed)
     if not pairs:
         raise SystemExit(f"error: {args.source}: no labelled rows about times")
     write_pairs(args.out, pairs)

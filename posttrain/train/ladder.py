@@ -4,13 +4,15 @@
 
     posttrain run recipes/nano/ladder.yaml
 
-Stages are ordinary runs in RUN/stages/NAME; finished ones are not run again.
+Stages are ordinary runs in RUN/stages/NAME; finished ones are not run again. A stage starts from
+the model that the one before was scored with, so those answers are taken over.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,15 @@ def climb(recipe: Recipe) -> Path:
     started = time.monotonic()
     model = recipe.model.path
     records: list[dict[str, Any]] = []
+    previous: str | None = None
     for name in stages:
         folder = run.path / "stages" / name
         if not (folder / "summary.json").exists():
             Console().rule(f"{run.path.name}: {name}")
             stage = stage_recipes(recipe, run.path, model)[name]
+            if previous and answers_alike(stage, stages[previous]):
+                known = run.path / "stages" / previous / "held_out" / "after.json"
+                stage.evaluation = replace(stage.evaluation, before=str(known))
             run_recipe(stage)
         summary = json.loads((folder / "summary.json").read_text())
         if failed := [gate["name"] for gate in summary.get("gates", ()) if not gate["passed"]]:
@@ -51,7 +57,7 @@ def climb(recipe: Recipe) -> Path:
         score = {when: compared[when][compared["metric"]] for when in ("before", "after")}
         if not records:
             records.append({"name": "base", "score": score["before"], "model": model})
-        model = model_of(str(folder))
+        model, previous = model_of(str(folder)), name
         records.append({
             "name": name, "score": score["after"], "paired_diff": compared["paired_diff"],
             "before": compared["before"], "after": compared["after"], "model": model,
@@ -82,6 +88,13 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
         validate(one, REWARD_NAMES)
         stages[name] = one
     return stages
+
+
+def answers_alike(stage: Recipe, previous: Recipe) -> bool:
+    """Whether both stages put the same questions to a model in the same way."""
+    limits = stage.sampling.max_completion_length, previous.sampling.max_completion_length
+    same_engine = stage.rollout == previous.rollout and stage.model.dtype == previous.model.dtype
+    return limits[0] == limits[1] and same_engine
 
 
 def show(summary: dict[str, Any]) -> None:

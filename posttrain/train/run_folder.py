@@ -27,6 +27,8 @@ from posttrain.types import Group, RewardResult
 
 log = logging.getLogger(__name__)
 
+BEFORE = "held_out/before.json"
+
 
 class RunFolder:
     """Opens or continues `output_dir/run_name`.
@@ -50,6 +52,9 @@ class RunFolder:
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             _keep_lines_until(self.path / name, done)
+        if recipe.evaluation.before and self.load_json(BEFORE) is None:
+            known = json.loads(Path(recipe.evaluation.before).read_text())
+            self.save_json(BEFORE, known | {"step": 0})
         self.sinks = _open_sinks(recipe, self.path)
 
     @property

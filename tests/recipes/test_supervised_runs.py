@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from data_recipes import refusals
@@ -138,17 +139,31 @@ stages:
     overrides: [{step}, lora.enabled=true, data.train.main.path={rows}]
   preferred:
     recipe: {NANO / "dpo_timestamps.yaml"}
-    overrides: [{step}, data.train.main.path={pairs},
+    overrides: [{step}, data.train.main.path={pairs}, rollout.timeout_s=299,
                 "data.held_out_pairs.main.path={tmp_path / "test_pairs.jsonl"}"]
+  polished:
+    recipe: {NANO / "sft.yaml"}
+    overrides: [{step}, rollout.timeout_s=299, data.train.main.path={rows}]
 """
     )
     assert main(["run", str(file)]) == 0
     summary = json.loads((tmp_path / "runs" / "ladder" / "summary.json").read_text())
-    base, adapter, preferred = summary["stages"]
-    assert [s["name"] for s in summary["stages"]] == ["base", "adapter", "preferred"]
+    base, adapter, preferred, _ = summary["stages"]
+    assert [s["name"] for s in summary["stages"]] == ["base", "adapter", "preferred", "polished"]
     assert base["model"] == nano and adapter["model"].endswith("merged/step-000001")
     assert adapter["score"] == pytest.approx(preferred["before"]["miou"]), "the merged model is it"
     assert {"mean", "ci95"} <= preferred["paired_diff"].keys()
+    stages = tmp_path / "runs" / "ladder" / "stages"
+    assert not _known_before(stages / "preferred"), "another engine setting: asked again"
+    assert _known_before(stages / "polished") == str(stages / "preferred/held_out/after.json")
+    start = json.loads((stages / "polished/held_out/before.json").read_text())
+    end = json.loads((stages / "preferred/held_out/after.json").read_text())
+    assert start == end | {"step": 0}
+
+
+def _known_before(run: Path) -> str | None:
+    recipe: str | None = OmegaConf.load(run / "recipe.yaml").evaluation.before
+    return recipe
 
 
 def test_a_new_language_is_learned_by_adapter_ear_and_spelling(

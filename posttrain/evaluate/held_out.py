@@ -10,6 +10,7 @@ import numpy as np
 
 from posttrain.data.rows import Row
 from posttrain.evaluate.row_metrics import Contribution, main_metric, row_metrics
+from posttrain.evaluate.row_statistics import paired
 from posttrain.types import Completion, Group, PromptRequest, Reward, SamplingSettings
 from reward_models.scoring import score_all
 
@@ -79,14 +80,6 @@ def metric_of(contributions: Sequence[Contribution | None]) -> float:
     return sum(s for s, _ in known) / weight if weight else float("nan")
 
 
-def bootstrap_ci95(values: Sequence[float], num_samples: int, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(array), (num_samples, len(array)))
-    low, high = np.percentile(array[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def compare(
     before: Sequence[RowScore], after: Sequence[RowScore], num_samples: int
 ) -> dict[str, Any]:
@@ -100,7 +93,7 @@ def compare(
     names = [score.metric for score in before]
     metric = max(sorted(set(names)), key=names.count)
     pairs = [
-        (*a.metrics[metric], *b.metrics[metric])
+        (a.metrics[metric], b.metrics[metric])
         for a, b in zip(before, after, strict=True)
         if metric in a.metrics and metric in b.metrics
     ]
@@ -109,27 +102,9 @@ def compare(
     }  # fmt: skip
     if not pairs:
         return record
-    mean, low, high = paired_difference(np.asarray(pairs), num_samples)
+    before_N2, after_N2 = np.asarray(pairs).swapaxes(0, 1)
+    mean, low, high = paired(metric, before_N2, after_N2, num_samples)
     return record | {"paired_diff": {"mean": mean, "ci95": [low, high]}}
-
-
-def paired_difference(
-    pairs_N4: np.ndarray, num_samples: int, seed: int = 0
-) -> tuple[float, float, float]:
-    """(after - before, low, high): percentile bootstrap over rows of a difference of ratios.
-
-    Args:
-        pairs_N4: sum and weight before, sum and weight after, of every row.
-    """
-
-    def difference(sums: np.ndarray) -> np.ndarray:
-        return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
-
-    count = len(pairs_N4)
-    picks = np.random.default_rng(seed).integers(0, count, (num_samples, count))
-    drawn = np.stack([pairs_N4[pick].sum(axis=0) for pick in picks])
-    low, high = np.percentile(difference(drawn), [2.5, 97.5])
-    return float(difference(pairs_N4.sum(axis=0))), float(low), float(high)
 
 
 def summary_of(

@@ -19,7 +19,7 @@ from data_recipes.recorded_prompts import load_recordings
 from data_recipes.timelines import TimelineSpec, write_timelines
 from posttrain.data.rows import Row, read_rows
 from posttrain.data.thinking import split_thinking
-from posttrain.evaluate.held_out import bootstrap_ci95
+from posttrain.evaluate.row_statistics import interval
 from posttrain.rollout.settings import EngineSettings
 from posttrain.rollout.vllm_engine import VllmEngine
 from posttrain.types import Completion, PromptRequest, SamplingSettings, Task
@@ -73,7 +73,8 @@ def _score(engine: VllmEngine, rows: Sequence[Row]) -> dict[str, dict[str, objec
 
 
 def _summary(values: np.ndarray) -> dict[str, object]:
-    low, high = bootstrap_ci95(values[:, 0].tolist(), 2_000)
+    successes_N2 = np.stack([values[:, 0], np.ones(len(values))], axis=1)
+    low, high = interval("success", successes_N2, 2_000)
     return {
         "n": len(values),
         "greedy_success": round(float(values[:, 0].mean()), 3),

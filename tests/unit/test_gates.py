@@ -12,9 +12,10 @@ from posttrain.config import load_recipe
 from posttrain.data.rows import Row, read_rows, write_rows
 from posttrain.evaluate.fertility import fertility
 from posttrain.evaluate.gates import judge_gate
-from posttrain.evaluate.held_out import RowScore, compare, means, paired_difference
+from posttrain.evaluate.held_out import RowScore, compare, means
 from posttrain.evaluate.refusal import refuses
 from posttrain.evaluate.row_metrics import row_metrics
+from posttrain.evaluate.row_statistics import paired
 from posttrain.model.load import load_processor
 from posttrain.schema import GateConfig
 from posttrain.train.batches import training_rows
@@ -70,8 +71,8 @@ def test_error_rates_are_those_of_the_corpus() -> None:
 
 
 def test_paired_difference_of_ratios_by_hand() -> None:
-    pairs = np.array([[2.0, 4.0, 1.0, 4.0], [6.0, 6.0, 3.0, 6.0]])
-    mean, low, high = paired_difference(pairs, 500)
+    before, after = np.array([[2.0, 4.0], [6.0, 6.0]]), np.array([[1.0, 4.0], [3.0, 6.0]])
+    mean, low, high = paired("cer", before, after, 500)
     assert mean == pytest.approx(4 / 10 - 8 / 10)
     assert low == pytest.approx(-0.5) and high == pytest.approx(-0.25), "either row alone"
 

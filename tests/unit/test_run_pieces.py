@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from posttrain.config import load_recipe
-from posttrain.evaluate.held_out import RowScore, bootstrap_ci95, compare
+from posttrain.evaluate.held_out import RowScore, compare
+from posttrain.evaluate.row_statistics import interval
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches
@@ -135,7 +137,7 @@ def test_held_out_comparison_is_paired() -> None:
     assert result["paired_diff"]["ci95"] == pytest.approx([0.2, 0.2])
     with pytest.raises(ValueError, match="same rows"):
         compare(scores([0.1]), scores([0.1, 0.2]), 10)
-    low, high = bootstrap_ci95([0.0, 1.0] * 200, 2_000)
+    low, high = interval("success", np.array([[0.0, 1.0], [1.0, 1.0]] * 200), 2_000)
     # normal approximation: 0.5 +- 1.96 * 0.5 / sqrt(400)
     assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
 

@@ -44,15 +44,15 @@ class LongContextCPUAttention(CPUAttentionBackendImpl):
         lengths = attn_metadata.seq_lens.tolist()
         table = attn_metadata.block_table[: len(lengths)]
         decoding = [i for i in range(len(lengths)) if starts[i + 1] - starts[i] == 1]
-        shared, single = _shared_prefixes(table, lengths, decoding, kv_cache.shape[2])
-        for numbers, num_blocks in shared:
+        groups, others = _groups(table, lengths, decoding, kv_cache.shape[2])
+        for numbers, num_blocks in groups:
             rows = [starts[i] for i in numbers]
             out_GHD = _attend_after_prefix(
                 query[rows], kv_cache, table[numbers], [lengths[i] for i in numbers], num_blocks,
                 self.scale,
             )  # fmt: skip
             output[rows] = out_GHD.view_as(output[rows])
-        for i in single:
+        for i in others:
             keys_KTD, values_KTD = _cached(kv_cache, table[i], lengths[i])
             own = slice(starts[i], starts[i + 1])
             out_THD = _attend(query[own], keys_KTD, values_KTD, self.scale)
@@ -84,27 +84,28 @@ def use_long_context_attention() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, path)
 
 
-def _shared_prefixes(
+def _groups(
     table: Tensor, lengths: Sequence[int], decoding: Sequence[int], block_size: int
 ) -> tuple[list[tuple[list[int], int]], list[int]]:
-    """Decoding sequences whose first blocks are the same, as the completions of a group are.
+    """Decoding sequences by their first blocks, which the completions of a group share.
 
     Returns:
-        (sequences, leading blocks that they share) of every such group; all other sequences.
+        (sequences, leading full blocks that all of them have) of every group, one sequence or
+        more; the sequences that are not decoding, or shorter than a block.
     """
     by_first: dict[int, list[int]] = {}
     for i in decoding:
         by_first.setdefault(int(table[i, 0]), []).append(i)
-    shared = []
-    single = set(range(len(lengths)))
+    groups = []
+    others = set(range(len(lengths)))
     for numbers in by_first.values():
         full_blocks = min(lengths[i] for i in numbers) // block_size
         rows = table[numbers, :full_blocks]
         num_blocks = int((rows == rows[0]).all(0).long().cumprod(0).sum())
-        if len(numbers) > 1 and num_blocks:
-            shared.append((numbers, num_blocks))
-            single -= set(numbers)
-    return shared, sorted(single)
+        if num_blocks:
+            groups.append((numbers, num_blocks))
+            others -= set(numbers)
+    return groups, sorted(others)
 
 
 def _cached(kv_cache: Tensor, blocks: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -115,20 +116,27 @@ def _cached(kv_cache: Tensor, blocks: Tensor, num_keys: int) -> tuple[Tensor, Te
 
 
 def _of_blocks(kv_cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of whole blocks, [..., blocks] -> each [..., kv_heads, keys, head_size].
-
-    In a block vLLM keeps the keys transposed, [head_size, block_size], before the values.
-    """
-    kv_heads, block_size, head_size = *kv_cache.shape[1:3], kv_cache.shape[3] // 2
-    *lead, num_blocks = blocks.shape
-    both = kv_cache[blocks.long()].view(*blocks.shape, kv_heads, 2 * block_size, head_size)
-    keys, values = both.chunk(2, dim=-2)
-    keys = keys.reshape(*blocks.shape, kv_heads, head_size, block_size).transpose(-2, -1)
+    """Keys and values of whole blocks, [..., blocks] -> each [..., kv_heads, keys, head_size]."""
+    keys, values = _stored(kv_cache[blocks.long()])
     keys, values = (
-        part.transpose(-4, -3).reshape(*lead, kv_heads, num_blocks * block_size, head_size)
-        for part in (keys, values)
+        part.transpose(-4, -3).flatten(-3, -2) for part in (keys.transpose(-2, -1), values)
     )
     return keys, values
+
+
+def _stored(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of whole blocks as vLLM keeps them: keys transposed, then values.
+
+    Args:
+        cache: [..., kv_heads, block_size, 2 * head_size].
+
+    Returns:
+        Keys [..., kv_heads, head_size, block_size] and values [..., kv_heads, block_size,
+        head_size].
+    """
+    block_size, head_size = cache.shape[-2], cache.shape[-1] // 2
+    keys, values = cache.flatten(-2).unflatten(-1, (2, -1)).unbind(-2)
+    return keys.unflatten(-1, (head_size, block_size)), values.unflatten(-1, (-1, head_size))
 
 
 def _attend_after_prefix(
@@ -137,29 +145,41 @@ def _attend_after_prefix(
 ) -> Tensor:  # fmt: skip
     """One new token of each of G sequences that share their first blocks: [G, heads, head_size].
 
-    The prefix is read once for all of them, what follows it for each; in float64.
+    The prefix is read once for all of them, where it lies; a block's share of the output is summed
+    in float32, blocks and softmax in float64. What follows is read for each, in float64.
     """
     num_rows, heads, head_size = query_GHD.shape
-    block_size = kv_cache.shape[2]
+    kv_heads, block_size = kv_cache.shape[1:3]
     prefix = num_blocks * block_size
     last_block = -(-max(lengths) // block_size)
-    prefix_keys, prefix_values = (x.double() for x in _of_blocks(kv_cache, table[0, :num_blocks]))
+    keys_BKDT, values_BKTD = _stored(_whole_blocks(kv_cache, table[0, :num_blocks]))
     own_keys, own_values = (
         x.double() for x in _of_blocks(kv_cache, table[:, num_blocks:last_block])
     )
-    kv_heads = prefix_keys.shape[0]
-    query_GKRD = query_GHD.double().view(num_rows, kv_heads, heads // kv_heads, head_size) * scale
+    query_GKRD = query_GHD.view(num_rows, kv_heads, heads // kv_heads, head_size) * scale
     query_KND = query_GKRD.transpose(0, 1).reshape(kv_heads, -1, head_size)
-    to_prefix = _split_rows(query_KND @ prefix_keys.transpose(-2, -1), num_rows)
-    to_own = query_GKRD @ own_keys.transpose(-2, -1)
+    scores_KNP = (query_KND @ keys_BKDT).permute(1, 2, 0, 3).flatten(-2).double()
+    to_own = query_GKRD.double() @ own_keys.transpose(-2, -1)
     places = prefix + torch.arange(own_keys.shape[-2])
     unseen_GT = places >= torch.tensor(lengths).unsqueeze(1)
     to_own = to_own.masked_fill(unseen_GT[:, None, None], -torch.inf)
-    weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1)
-    weights_KNP = weights[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix)
-    out = _split_rows(weights_KNP @ prefix_values, num_rows)
-    out = out + weights[..., prefix:] @ own_values.nan_to_num()
+    weights = torch.cat([_split_rows(scores_KNP, num_rows), to_own], dim=-1).softmax(-1)
+    weights_KNP = weights[..., :prefix].float().transpose(0, 1).reshape(kv_heads, -1, prefix)
+    weights_BKNT = weights_KNP.unflatten(-1, (num_blocks, block_size)).permute(2, 0, 1, 3)
+    out_KND = (weights_BKNT @ values_BKTD).sum(0, dtype=torch.float64)
+    out = _split_rows(out_KND, num_rows) + weights[..., prefix:] @ own_values.nan_to_num()
     return out.reshape(num_rows, heads, head_size).float()
+
+
+def _whole_blocks(kv_cache: Tensor, blocks: Tensor) -> Tensor:
+    """These blocks of the cache in any order, which means nothing to a softmax.
+
+    A view where they fill a stretch of the cache, as those of one prompt mostly do.
+    """
+    first, last = int(blocks.min()), int(blocks.max())
+    if last - first + 1 == len(blocks):
+        return kv_cache[first : last + 1]
+    return kv_cache[blocks.long()]
 
 
 def _split_rows(x_KNX: Tensor, num_rows: int) -> Tensor:

@@ -190,11 +190,18 @@ def _split_rows(x_KNX: Tensor, num_rows: int) -> Tensor:
 def _attend(query_THD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, scale: float) -> Tensor:
     """Attention of the last tokens over all keys, [tokens, heads, head_size].
 
-    A few rows are summed in float64: for those PyTorch's kernel has one float32 chain, too.
+    A few rows are summed in float64: for those PyTorch's kernel has one float32 chain, too. Rows
+    after a cached prefix need a mask, which costs twice the time: they go in pieces.
     """
     offset = keys_KTD.shape[1] - len(query_THD)
     if len(query_THD) < FEW_ROWS:
         query_THD, keys_KTD, values_KTD = (x.double() for x in (query_THD, keys_KTD, values_KTD))
+    if offset == 0:
+        out_HTD = scaled_dot_product_attention(
+            query_THD.transpose(0, 1)[None], keys_KTD[None], values_KTD[None],
+            is_causal=True, scale=scale, enable_gqa=True,
+        )[0]  # fmt: skip
+        return out_HTD.transpose(0, 1).float()
     parts = []
     for start in range(0, len(query_THD), ROWS):
         rows_HTD = query_THD[start : start + ROWS].transpose(0, 1)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from posttrain.data.rows import Row, read_rows
 from posttrain.report.clips import Clips
 from reward_models.timestamps import parse_spans
@@ -28,10 +30,11 @@ def rollout_items(run: Path, rows: Rows, clips: Clips, limit: int) -> list[Item]
     path = run / "rollouts.jsonl"
     sizes = Counter((record["step"], record["group_id"]) for record in read_lines(path))
     chosen = set(evenly(sizes, limit))
+    kept = (r for r in read_lines(path) if (r["step"], r["group_id"]) in chosen)
     items = []
-    for record in read_lines(path):
-        if (record["step"], record["group_id"]) not in chosen:
-            continue
+    for record in tqdm(
+        kept, desc="rollouts", total=sum(sizes[group] for group in chosen), disable=None
+    ):
         row = rows.get("train", {}).get(record["prompt_id"])
         items.append(
             item(
@@ -49,7 +52,7 @@ def held_out_items(record: Mapping[str, Any], rows: Rows, clips: Clips, limit: i
     """Of `held_out/before.json` or `after.json`: the answers of all its sources."""
     answers = [(s, one) for s, part in record.items() if s != "step" for one in part]
     items = []
-    for source, one in spread(answers, limit):
+    for source, one in tqdm(spread(answers, limit), desc="held-out answers", disable=None):
         row = rows.get(source, {}).get(one["row_id"])
         terms = {name: total / weight for name, (total, weight) in one["metrics"].items() if weight}
         items.append(
@@ -65,7 +68,8 @@ def held_out_items(record: Mapping[str, Any], rows: Rows, clips: Clips, limit: i
 def scored_items(folder: Path, rows: Mapping[str, Row], clips: Clips, limit: int) -> list[Item]:
     """Of an evaluation's scored.jsonl."""
     items = []
-    for one in spread(list(read_lines(folder / "scored.jsonl")), limit):
+    chosen = spread(list(read_lines(folder / "scored.jsonl")), limit)
+    for one in tqdm(chosen, desc="answers", disable=None):
         row = rows[one["id"]]
         terms = {
             name: values[0] / values[1] for name, values in one["statistics"].items()

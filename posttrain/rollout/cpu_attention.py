@@ -96,16 +96,17 @@ def _groups(
     by_first: dict[int, list[int]] = {}
     for i in decoding:
         by_first.setdefault(int(table[i, 0]), []).append(i)
-    groups = []
-    others = set(range(len(lengths)))
+    groups: list[tuple[list[int], int]] = []
     for numbers in by_first.values():
-        full_blocks = min(lengths[i] for i in numbers) // block_size
-        rows = table[numbers, :full_blocks]
-        num_blocks = int((rows == rows[0]).all(0).long().cumprod(0).sum())
-        if num_blocks:
-            groups.append((numbers, num_blocks))
-            others -= set(numbers)
-    return groups, sorted(others)
+        full_blocks = [lengths[i] // block_size for i in numbers]
+        rows = table[numbers, : min(full_blocks)]
+        num_shared = int((rows == rows[0]).all(0).long().cumprod(0).sum())
+        if 2 * num_shared < min(full_blocks):  # a system prompt in common, not a clip
+            groups += [([i], num) for i, num in zip(numbers, full_blocks, strict=True)]
+        elif num_shared:
+            groups.append((numbers, num_shared))
+    grouped = {i for numbers, _ in groups for i in numbers}
+    return groups, [i for i in range(len(lengths)) if i not in grouped]
 
 
 def _cached(kv_cache: Tensor, blocks: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:

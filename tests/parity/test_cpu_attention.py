@@ -103,6 +103,13 @@ def test_siblings_read_their_prefix_once_and_equal_one_by_one(cached, lengths: t
         assert (together[i] - alone).abs().max() <= 5e-6 * alone.abs().max(), "float32 in a block"
 
 
+def test_a_common_system_prompt_makes_no_group() -> None:
+    """The first of 4 and 5 blocks is the same; the third sequence is shorter than a block."""
+    table = torch.tensor([[7, 1, 2, 3, 0], [7, 4, 5, 6, 8], [9, 0, 0, 0, 0]], dtype=torch.int32)
+    groups, others = cpu_attention._groups(table, [530, 640, 100], range(3), BLOCK_SIZE)
+    assert groups == [([0], 4), ([1], 5)] and others == [2]
+
+
 @pytest.mark.parametrize("length", [128, 129, 2_432, NUM_KEYS])
 @pytest.mark.parametrize("order", ["rising", "falling", "shuffled"])
 def test_decoding_equals_float64_wherever_the_blocks_lie(order: str, length: int) -> None:

@@ -36,11 +36,20 @@ function drawIn(place) {
     { responsive: true, displayModeBar: false });
 }
 
-/** One figure after the other, so that the page can be used meanwhile. */
+/** Plotly takes longer to compile than all the rest: it lies in the page as text until then. */
+function loadPlotly() {
+  if (window.Plotly) return;
+  const script = document.createElement("script");
+  script.textContent = byId("plotly").textContent;
+  document.head.append(script);
+}
+
+/** Once the page is there, one figure after the other, so that the page can be used meanwhile. */
 function draw() {
   const places = [...document.querySelectorAll(".plot")];
   const next = () => {
     if (!places.length) return;
+    loadPlotly();
     drawIn(places.shift());
     setTimeout(next);
   };
@@ -328,7 +337,7 @@ function niceStep(rough) {
 
 // --- start --------------------------------------------------------------------------------------
 
-draw();
+addEventListener("load", draw);
 const names = Object.keys(data.collections);
 if (names.length) {
   options(byId("collection"), names.map((name) => [name, `${name} (${data.collections[name].length})`]), "");

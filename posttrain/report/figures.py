@@ -174,7 +174,7 @@ def heat_map(cells: Mapping[str, Mapping[str, Any]], metric: str) -> list[Figure
             line = [known.get((length, noise)) for noise in noises]
             values.append([m["value"] if m else None for m in line])
             texts.append([
-                f"{m['value']:.2f}<br>{m['ci95'][0]:.2f} to {m['ci95'][1]:.2f}<br>n = {m['n']}"
+                f"{m['value']:.2f}<br>{m['ci95'][0]:.2f}–{m['ci95'][1]:.2f}<br>n = {m['n']}"
                 if m else "" for m in line
             ])  # fmt: skip
         best = [v for line in values for v in line if v is not None]
@@ -182,7 +182,7 @@ def heat_map(cells: Mapping[str, Mapping[str, Any]], metric: str) -> list[Figure
             "type": "heatmap", "x": noises, "y": lengths, "z": values, "text": texts,
             "texttemplate": "%{text}", "colorscale": "Cividis", "zmin": 0,
             "zmax": max([1.0, *best]) if metric not in ("miou", "event_f1") else 1,
-            "reversescale": metric in LOWER_IS_BETTER, "xgap": 2, "ygap": 2,
+            "reversescale": metric in LOWER_IS_BETTER, "xgap": 2, "ygap": 2, "showscale": False,
             "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>",
         }  # fmt: skip
         figure = _figure(

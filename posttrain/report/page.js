@@ -298,15 +298,19 @@ function timeline(item, clip) {
   svg.append(shape("path", { d: path, stroke: "var(--wave)", "stroke-width": width / peaks.length }));
   rows.forEach(([name, spans], row) => {
     const top = 88 + 22 * row;
+    let free = 0; // where the last name ends: a name that would cover it is left to the tooltip
     for (const [start, end, label, asked] of spans) {
-      svg.append(shape("rect", {
+      const bar = shape("rect", {
         x: x(start), y: top, width: Math.max(2, x(end) - x(start)), height: 8, rx: 2,
         fill: `var(--${name})`, opacity: asked ? 1 : 0.45,
-      }));
-      if (label && row === 0) {
-        const right = x(start) > 0.85 * width;
-        svg.append(shape("text", { x: right ? x(end) : x(start), y: top + 19,
-          "text-anchor": right ? "end" : "start" }, label.slice(0, 18)));
+      });
+      bar.append(shape("title", {}, `${label} ${start} to ${end} s`.trim()));
+      svg.append(bar);
+      const text = label.slice(0, 18), wide = 7 * text.length;
+      const left = Math.min(x(start), width - wide);
+      if (text && row === 0 && left >= free) {
+        svg.append(shape("text", { x: left, y: top + 19 }, text));
+        free = left + wide + 4;
       }
     }
   });

@@ -91,10 +91,13 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
 
 
 def answers_alike(stage: Recipe, previous: Recipe) -> bool:
-    """Whether both stages put the same questions to a model in the same way."""
-    limits = stage.sampling.max_completion_length, previous.sampling.max_completion_length
-    same_engine = stage.rollout == previous.rollout and stage.model.dtype == previous.model.dtype
-    return limits[0] == limits[1] and same_engine
+    """Whether both stages ask and score a model in the same way, rewards included."""
+
+    def settings(recipe: Recipe) -> tuple[object, ...]:
+        limit = recipe.sampling.max_completion_length
+        return limit, recipe.rollout, recipe.model.dtype, recipe.rewards, recipe.scoring
+
+    return settings(stage) == settings(previous)
 
 
 def show(summary: dict[str, Any]) -> None:

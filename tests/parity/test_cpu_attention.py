@@ -67,7 +67,7 @@ def exact_attention(
 
 @pytest.mark.parametrize("num_rows", [1, 63, 64, 1_100, NUM_KEYS])
 def test_attention_equals_float64(cached, num_rows: int) -> None:
-    """Decoding, a prompt after a cached prefix, and a whole prompt in several pieces."""
+    """Decoding, a prompt after a cached prefix, in pieces, and a whole prompt at once."""
     keys, values = (x.transpose(0, 1) for x in cached[:2])
     query_THD = torch.randn(num_rows, HEADS, HEAD_SIZE) * 2
     ours_THD = cpu_attention._attend(query_THD, keys, values, SCALE)

@@ -108,6 +108,9 @@ def test_a_common_system_prompt_makes_no_group() -> None:
     table = torch.tensor([[7, 1, 2, 3, 0], [7, 4, 5, 6, 8], [9, 0, 0, 0, 0]], dtype=torch.int32)
     groups, others = cpu_attention._groups(table, [530, 640, 100], range(3), BLOCK_SIZE)
     assert groups == [([0], 4), ([1], 5)] and others == [2]
+    table[1, 1] = 1
+    groups, _ = cpu_attention._groups(table, [530, 640, 100], range(3), BLOCK_SIZE)
+    assert groups == [([0, 1], 2)], "half is as much as a clip"
 
 
 @pytest.mark.parametrize("length", [128, 129, 2_432, NUM_KEYS])

@@ -47,7 +47,7 @@ def preference_loss(
 
     Returns:
         scalar loss, and sums over pairs: "rewards/chosen", "rewards/rejected", "rewards/margins",
-        "rewards/accuracies", "ranked_wrong" (by length-normalised log-probability).
+        "rewards/accuracies".
     """
     chosen_ratio_B, rejected_ratio_B = chosen_B - ref_chosen_B, rejected_B - ref_rejected_B
     delta_B = chosen_ratio_B - rejected_ratio_B
@@ -64,7 +64,6 @@ def preference_loss(
         raise ValueError(f"loss_type={loss_type!r}; {', '.join(LOSS_TYPES)}")
     loss_B = weights_B * loss_B - sft_weight * chosen_B / chosen_lengths_B
     loss = loss_B.sum() / denominator
-    wrong_B = chosen_B / chosen_lengths_B <= rejected_B / rejected_lengths_B
     chosen_reward_B, rejected_reward_B = (
         beta * ratio.detach() for ratio in (chosen_ratio_B, rejected_ratio_B)
     )
@@ -73,6 +72,12 @@ def preference_loss(
         "rewards/rejected": rejected_reward_B.sum(),
         "rewards/margins": (chosen_reward_B - rejected_reward_B).sum(),
         "rewards/accuracies": (chosen_reward_B > rejected_reward_B).float().sum(),
-        "ranked_wrong": wrong_B.float().sum(),
     }
     return loss, metrics
+
+
+def ranked_wrong(
+    chosen_B: Tensor, rejected_B: Tensor, chosen_lengths_B: Tensor, rejected_lengths_B: Tensor
+) -> Tensor:
+    """bool (B,): the chosen answer's log-probability a token is not above the rejected one's."""
+    return chosen_B / chosen_lengths_B <= rejected_B / rejected_lengths_B

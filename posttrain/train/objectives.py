@@ -1,21 +1,23 @@
 """What a supervised run learns from: items in, packed groups and a loss out.
 
     sft   rows about one clip --> one group: the clip once, every row's own tokens behind it
-    dpo   a pair --> one group with both answers; where the clips differ, two groups
+    dpo   pairs about one clip --> one group with every answer once; another clip is another group
 
 An objective knows nothing of optimizers, ranks or files.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from posttrain.algorithm.preference import preference_loss
+from posttrain.algorithm.preference import preference_loss, ranked_wrong
+from posttrain.data.chat import Message
 from posttrain.data.conversations import Conversation, conversation, row_messages, shared_context
 from posttrain.data.pairs import Pair, messages_of
 from posttrain.data.rows import Row
@@ -66,17 +68,25 @@ class Objective(Protocol):
         ...
 
 
-def bundle_rows(rows: Sequence[Row], rows_per_clip: int) -> list[tuple[Row, ...]]:
-    """Rows that share clip and system message, in order of first appearance, at most so many."""
-    open_bundles: dict[Any, list[Row]] = {}
-    bundles: list[list[Row]] = []
-    for row in rows:
+Item = TypeVar("Item", Row, Pair)
+
+
+def bundled(items: Sequence[Item], rows_per_clip: int) -> list[tuple[Item, ...]]:
+    """Rows, or pairs, that share clip and system message, in order of first appearance.
+
+    Args:
+        rows_per_clip: the most of one bundle; what is left opens the next.
+    """
+    open_bundles: dict[Any, list[Item]] = {}
+    bundles: list[list[Item]] = []
+    for item in items:
+        row = item.row if isinstance(item, Pair) else item
         key = shared_context(row) if row.audio is not None else row.id
         bundle = open_bundles.get(key)
         if bundle is None or len(bundle) >= rows_per_clip:
             bundle = open_bundles[key] = []
             bundles.append(bundle)
-        bundle.append(row)
+        bundle.append(item)
     return [tuple(bundle) for bundle in bundles]
 
 
@@ -87,9 +97,9 @@ class SftObjective:
         self, rows: Sequence[Row], held_out: Mapping[str, Sequence[Row]], rows_per_clip: int,
         audio: AudioInputs,
     ) -> None:  # fmt: skip
-        self.bundles = bundle_rows(rows, rows_per_clip)
+        self.bundles = bundled(rows, rows_per_clip)
         self.held_out: Mapping[str, Sequence[Any]] = {
-            name: bundle_rows(part, rows_per_clip) for name, part in held_out.items()
+            name: bundled(part, rows_per_clip) for name, part in held_out.items()
         }
         self.audio = audio
 
@@ -121,49 +131,42 @@ class SftObjective:
 
 
 class DpoObjective:
-    """Direct preference optimisation; the answers of a pair share their prompt's forward pass."""
+    """Direct preference optimisation: all pairs about a clip share its forward pass."""
 
     def __init__(
         self, pairs: Sequence[Pair], held_out: Mapping[str, Sequence[Pair]], config: DpoConfig,
-        audio: AudioInputs,
+        rows_per_clip: int, audio: AudioInputs,
     ) -> None:  # fmt: skip
-        self.pairs = pairs
-        self.held_out: Mapping[str, Sequence[Any]] = held_out
+        self.bundles = bundled(pairs, rows_per_clip)
+        self.held_out: Mapping[str, Sequence[Any]] = {
+            name: bundled(part, rows_per_clip) for name, part in held_out.items()
+        }
+        everything = [pair for part in (pairs, *held_out.values()) for pair in part]
+        self.kinds = sorted({pair.kind for pair in everything if pair.kind})
         self.config, self.audio = config, audio
 
     def items(self) -> int:
-        return len(self.pairs)
+        return len(self.bundles)
 
     def collate(self, numbers: Sequence[int], name: str | None = None) -> Batch:
-        pairs = self.pairs if name is None else self.held_out[name]
-        chosen = [pairs[i] for i in numbers]
-        groups: list[GroupTensors] = []
-        places: list[tuple[tuple[int, int], tuple[int, int]]] = []  # (group, completion) of both
-        for pair in chosen:
-            first = len(groups)
-            if pair.rejected_audio is None:
-                groups.append(self._group(pair, pair.row.audio, pair.row.answer, pair.rejected))
-                places.append(((first, 0), (first, 1)))
-            else:
-                groups.append(self._group(pair, pair.row.audio, pair.row.answer))
-                groups.append(self._group(pair, pair.rejected_audio, pair.rejected))
-                places.append(((first, 0), (first + 1, 0)))
-        weights = torch.tensor([pair.weight for pair in chosen])
-        return Batch(groups, len(chosen), (places, weights))
-
-    def _group(self, pair: Pair, audio: str | None, *answers: str) -> GroupTensors:
-        fields, num_tokens = self.audio.fields(audio)
-        talks = []
-        for answer in answers:
-            talk = conversation(self.audio.processor, messages_of(pair, answer), num_tokens)
-            # earlier turns are the prompt's: the last answer alone is compared
-            talks.append(Conversation(talk.prefix_P, talk.ids_T, last_run(talk.assistant_T)))
-        return group_of(talks[0].prefix_P, talks, fields)
+        bundles = self.bundles if name is None else self.held_out[name]
+        pairs = [pair for i in numbers for pair in bundles[i]]
+        answers = _AnswersOnce(self.audio)
+        places = [
+            (
+                answers.place(pair.row.audio, messages_of(pair, pair.row.answer)),
+                answers.place(
+                    pair.rejected_audio or pair.row.audio, messages_of(pair, pair.rejected)
+                ),
+            )
+            for pair in pairs
+        ]
+        return Batch(answers.groups(), len(pairs), (pairs, places))
 
     def loss(
         self, batch: Batch, forward: Forward, reference: Forward, denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        places, weights_B = batch.details
+        pairs, places = batch.details
         with torch.no_grad():
             references = reference(batch.groups)
         outputs = forward(batch.groups)
@@ -176,14 +179,51 @@ class DpoObjective:
             masks = [batch.groups[p[side][0]].wanted_GT[p[side][1]] for p in places]
             return torch.stack([mask.sum() for mask in masks]).float().to(device)
 
-        return preference_loss(
-            answers(0, outputs), answers(1, outputs),
-            answers(0, references), answers(1, references),
-            chosen_lengths_B=lengths(0), rejected_lengths_B=lengths(1),
-            weights_B=weights_B.to(device), denominator=denominator,
-            loss_type=self.config.loss_type, beta=self.config.beta,
+        chosen_B, rejected_B = answers(0, outputs), answers(1, outputs)
+        lengths_B = {"chosen_lengths_B": lengths(0), "rejected_lengths_B": lengths(1)}
+        loss, metrics = preference_loss(
+            chosen_B, rejected_B, answers(0, references), answers(1, references), **lengths_B,
+            weights_B=torch.tensor([pair.weight for pair in pairs], device=device),
+            denominator=denominator, loss_type=self.config.loss_type, beta=self.config.beta,
             sft_weight=self.config.sft_weight,
         )  # fmt: skip
+        wrong_B = ranked_wrong(chosen_B, rejected_B, **lengths_B)
+        metrics["ranked_wrong"] = wrong_B.sum()
+        for kind in self.kinds:  # of all pairs, so that these add up to the one above
+            of_kind_B = torch.tensor([pair.kind == kind for pair in pairs], device=device)
+            metrics[f"ranked_wrong_{kind}"] = (wrong_B & of_kind_B).sum()
+        return loss, metrics
+
+
+class _AnswersOnce:
+    """Conversations laid out in groups: each clip once, and behind it each answer once."""
+
+    def __init__(self, audio: AudioInputs) -> None:
+        self.audio = audio
+        self.clips: dict[str | None, tuple[dict[str, Tensor], int | None]] = {}
+        self.talks: dict[tuple[str | None, bytes], list[Conversation]] = {}  # by clip and prefix
+        self.places: dict[tuple[str | None, str], tuple[int, int]] = {}
+
+    def place(self, audio: str | None, messages: Sequence[Message]) -> tuple[int, int]:
+        """(group, completion) where the conversation's last answer stands."""
+        asked = audio, json.dumps(messages)
+        if asked not in self.places:
+            if audio not in self.clips:
+                self.clips[audio] = self.audio.fields(audio)
+            talk = conversation(self.audio.processor, messages, self.clips[audio][1])
+            # earlier turns are the prompt's: the last answer alone is compared
+            talk = Conversation(talk.prefix_P, talk.ids_T, last_run(talk.assistant_T))
+            behind = audio, talk.prefix_P.numpy().tobytes()
+            group = self.talks.setdefault(behind, [])
+            self.places[asked] = list(self.talks).index(behind), len(group)
+            group.append(talk)
+        return self.places[asked]
+
+    def groups(self) -> list[GroupTensors]:
+        return [
+            group_of(talks[0].prefix_P, talks, self.clips[audio][0])
+            for (audio, _), talks in self.talks.items()
+        ]
 
 
 def group_of(

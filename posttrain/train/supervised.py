@@ -34,7 +34,7 @@ from posttrain.train.batches import (
     training_rows,
 )
 from posttrain.train.learner_group import LearnerGroup
-from posttrain.train.objectives import bundle_rows
+from posttrain.train.objectives import bundled
 from posttrain.train.progress import Progress
 from posttrain.train.resources import check_gpus, device_of, num_gpus, ray_session, serving
 from posttrain.train.rewards import check_rewards, recipe_rewards
@@ -186,8 +186,8 @@ def check_data(recipe: Recipe) -> tuple[list[Row], dict[str, Any]]:
             f"data.train: row {unanswered[0]!r} ({len(unanswered)} in all) has no `answer` to "
             "learn from; give one or drop it"
         )
-    clips = len(bundle_rows(rows, recipe.training.rows_per_clip))
-    _check_enough(recipe, clips, "clips")
+    clips = len(bundled(rows, recipe.training.rows_per_clip))
+    _check_enough(recipe, clips)
     return rows, {
         "rows": len(rows), "clips": clips, "data": provenance_of(rows),
         "tokenizer": by_language(load_processor(recipe.model.path).tokenizer, rows),
@@ -196,17 +196,20 @@ def check_data(recipe: Recipe) -> tuple[list[Row], dict[str, Any]]:
 
 def _check_pairs(recipe: Recipe) -> tuple[list[Row], dict[str, Any]]:
     pairs, _ = training_pairs(recipe)
-    _check_enough(recipe, len(pairs), "pairs")
+    clips = len(bundled(pairs, recipe.training.rows_per_clip))
+    _check_enough(recipe, clips)
     rows = [pair.row for pair in pairs]
     kinds = dict(Counter(pair.kind for pair in pairs))
-    return rows, {"pairs": len(pairs), "pair_kinds": kinds, "data": provenance_of(rows)}
+    return rows, {
+        "pairs": len(pairs), "clips": clips, "pair_kinds": kinds, "data": provenance_of(rows),
+    }  # fmt: skip
 
 
-def _check_enough(recipe: Recipe, count: int, what: str) -> None:
-    if recipe.training.prompts_per_step > count:
+def _check_enough(recipe: Recipe, clips: int) -> None:
+    if recipe.training.prompts_per_step > clips:
         raise ValueError(
-            f"training.prompts_per_step={recipe.training.prompts_per_step}: more than the {count} "
-            f"{what} of data.train; lower it or add rows"
+            f"training.prompts_per_step={recipe.training.prompts_per_step}: more than the {clips} "
+            "clips of data.train; lower it or add rows"
         )
 
 

@@ -76,7 +76,9 @@ class SupervisedRank(PolicyRank):
         recipe = self.recipe
         if recipe.kind == "dpo":
             pairs, held_out_pairs = training_pairs(recipe)
-            return DpoObjective(pairs, held_out_pairs, recipe.dpo, self.audio_inputs)
+            return DpoObjective(
+                pairs, held_out_pairs, recipe.dpo, recipe.training.rows_per_clip, self.audio_inputs
+            )
         rows, held_out = training_rows(recipe, check=False)  # the controller has checked them
         answered = {name: [r for r in part if r.answer.strip()] for name, part in held_out.items()}
         return SftObjective(rows, answered, recipe.training.rows_per_clip, self.audio_inputs)

@@ -38,7 +38,7 @@ def small(timelines: Path, tmp_path: Path, nano: str) -> list[str]:
     for split in ("train", "test"):
         rows = [r for r in read_rows(timelines / f"{split}.jsonl") if r.task.value == "grounding"]
         write_rows(tmp_path / f"{split}.jsonl", rows)
-        write_pairs(tmp_path / f"{split}_pairs.jsonl", make_pairs(rows)[:16])
+        write_pairs(tmp_path / f"{split}_pairs.jsonl", make_pairs(rows)[:32])
     return [
         f"output_dir={tmp_path / 'runs'}", "report_to=[]", "training.max_steps=2",
         "training.save_steps=2", "training.eval_steps=2", "training.prompts_per_step=4",
@@ -76,7 +76,9 @@ def test_dpo(small: list[str], tmp_path: Path) -> None:
     assert before["held_out/main_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert after["held_out/main_loss"] < before["held_out/main_loss"]
     assert 0 <= after["held_out/main_ranked_wrong"] <= 1
-    assert sum(summary["pair_kinds"].values()) == summary["pairs"] == 16
+    wrong_by_kind = [after[f"held_out/main_ranked_wrong_{kind}"] for kind in summary["pair_kinds"]]
+    assert sum(wrong_by_kind) == pytest.approx(after["held_out/main_ranked_wrong"])
+    assert sum(summary["pair_kinds"].values()) == summary["pairs"] == 32
 
 
 def test_temporal_cot_distillation(small: list[str], tmp_path: Path, nano: str) -> None:

@@ -14,7 +14,7 @@ from posttrain.data.conversations import conversation, row_messages
 from posttrain.data.rows import Row
 from posttrain.model.load import load_model, load_processor
 from posttrain.model.policy import Policy, group_logprobs
-from posttrain.train.objectives import SftObjective, bundle_rows, last_run
+from posttrain.train.objectives import SftObjective, bundled, last_run
 from posttrain.types import Task
 
 TURNS = (
@@ -49,10 +49,10 @@ def test_a_conversation_is_the_whole_chat_cut_behind_the_clip(rows: list[Row], n
 
 
 def test_rows_about_a_clip_are_one_bundle(rows: list[Row]) -> None:
-    assert [[r.id for r in b] for b in bundle_rows(rows, 16)] == [["a", "b"], ["c"]]
-    assert [[r.id for r in b] for b in bundle_rows(rows, 1)] == [["a"], ["c"], ["b"]]
+    assert [[r.id for r in b] for b in bundled(rows, 16)] == [["a", "b"], ["c"]]
+    assert [[r.id for r in b] for b in bundled(rows, 1)] == [["a"], ["c"], ["b"]]
     other = replace(rows[2], prompt=({"role": "system", "content": "Be brief."}, *rows[2].prompt))
-    assert len(bundle_rows([rows[0], other], 16)) == 2, "another system message, another prefix"
+    assert len(bundled([rows[0], other], 16)) == 2, "another system message, another prefix"
 
 
 def test_sft_loss_equals_a_computation_by_hand(rows: list[Row], nano: str) -> None:

@@ -15,7 +15,7 @@ from probes import PlainAudio
 from trl import DPOTrainer
 
 from data_recipes.timestamp_pairs import make_pairs, pack_minutes
-from posttrain.algorithm.preference import preference_loss
+from posttrain.algorithm.preference import preference_loss, ranked_wrong
 from posttrain.data.pairs import Pair, read_pairs, write_pairs
 from posttrain.data.rows import Event, Row, read_rows
 from posttrain.model.load import load_model, load_processor
@@ -45,7 +45,13 @@ def test_sigmoid_by_hand() -> None:
     # s = (-4 + 5) - (-6 + 5) = 2; log(1 + e^-1) = 0.3133; sft: 4 nats over 2 tokens
     assert float(loss) == pytest.approx((2 * 0.3132617 + 0.1 * 2.0) / 4, abs=1e-6)
     assert float(metrics["rewards/margins"]) == pytest.approx(1.0)
-    assert float(metrics["ranked_wrong"]) == 0.0
+
+
+def test_a_pair_is_ranked_by_log_probability_a_token() -> None:
+    """-6 over 4 tokens is better than -4 over 2; equals count as wrong."""
+    values = torch.tensor([[-6.0, -6.0, -3.0], [-4.0, -5.0, -3.0]])
+    wrong = ranked_wrong(*values, torch.tensor([4.0, 4.0, 3.0]), torch.tensor([2.0, 4.0, 3.0]))
+    assert wrong.tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "hinge", "ipo"])
@@ -123,9 +129,11 @@ def pairs(noise_clip: str, tmp_path: Path) -> list[Pair]:
 
 def test_pairs_on_the_packed_path_equal_plain_forwards(pairs: list[Pair], nano: str) -> None:
     """Each answer by itself through transformers, summed, into the loss."""
-    objective = DpoObjective(pairs, {}, DpoConfig(beta=0.3, sft_weight=0.2), PlainAudio(nano))  # type: ignore[arg-type]
-    batch = objective.collate([0, 1])
-    assert [len(g.completion_ids_GT) for g in batch.groups] == [2, 1, 1]
+    config = DpoConfig(beta=0.3, sft_weight=0.2)
+    objective = DpoObjective(pairs, {}, config, 16, PlainAudio(nano))  # type: ignore[arg-type]
+    assert objective.items() == 1, "both pairs are about one clip"
+    batch = objective.collate([0])
+    assert [len(g.completion_ids_GT) for g in batch.groups] == [2, 1], "each answer once"
     policy, before = Policy(load_model(nano)), Policy(load_model(nano))
     with torch.no_grad():
         for parameter in policy.core.lm_head.parameters():
@@ -146,7 +154,12 @@ def test_pairs_on_the_packed_path_equal_plain_forwards(pairs: list[Pair], nano: 
         nll = -now[0][0] / now[0][1]
         expected += (pair.weight * math.log1p(math.exp(-0.3 * margin)) + 0.2 * nll) / 2
     assert float(loss.detach()) == pytest.approx(expected, abs=1e-5)
-    assert 0 <= float(metrics["ranked_wrong"]) <= 2
+    for pair, sums_now in zip(pairs, sums["now"], strict=True):
+        (chosen, chosen_length), (rejected, rejected_length) = sums_now
+        wrong = chosen / chosen_length <= rejected / rejected_length
+        assert bool(metrics[f"ranked_wrong_{pair.kind}"]) == wrong
+    by_kind = metrics["ranked_wrong_shifted"] + metrics["ranked_wrong_audio"]
+    assert metrics["ranked_wrong"] == by_kind
 
 
 def plain_sum(model: Any, nano: str, audio: str, prompt: Any, text: str) -> tuple[float, int]:

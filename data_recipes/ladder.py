@@ -1,12 +1,13 @@
 """Data of nano's ladder: clips with several questions to imitate, others to think about, a test.
 
-    sft.jsonl     questions with whole answers, several a clip      imitated
-    think.jsonl   questions alone matter                            a teacher thinks about them
-    grpo.jsonl    questions with labelled events                    rewarded
-    test.jsonl    the same kind of clips, held out                  every stage is scored on them
+    sft.jsonl     one or two events asked for, several questions a clip    imitated
+    think.jsonl   one or two events asked for                              a teacher thinks aloud
+    grpo.jsonl    any number of events                                     rewarded
+    test.jsonl    any number, clips held out                               every stage is scored
 
-Clips are of the quickstart's kind (`data_recipes.quickstart.SPEC`) from other random numbers.
-Answers begin with a space, as nano's do.
+A curriculum: what is imitated is the easier kind of question, and rewards teach the rest. Clips are
+of the quickstart's kind (`data_recipes.quickstart.SPEC`) from other random numbers. Answers begin
+with a space, as nano's do.
 
     python -m data_recipes.ladder --out .cache/data/ladder
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +29,10 @@ from data_recipes.quickstart import SPEC
 from data_recipes.recorded_prompts import load_recordings
 from posttrain.data.rows import Row, write_rows
 
-COUNTS = {"sft": 256, "think": 768, "grpo": 2048, "test": 3840}
+COUNTS = {"sft": 256, "think": 1024, "grpo": 2048, "test": 3840}  # clips
 SEEDS = {"sft": 11, "think": 12, "grpo": 13, "test": 14}
 QUESTIONS_A_CLIP = 3
+MOST_EVENTS = 2  # that a question of sft and think asks for
 
 
 def prepare(out_dir: Path) -> dict[str, Path]:
@@ -50,8 +53,10 @@ def prepare(out_dir: Path) -> dict[str, Path]:
                 sounds, SPEC, seed=seed, split=split, index=index, out_dir=out_dir / name,
                 provenance=recordings.provenance,
             )  # fmt: skip
-            spoken = replace(row, answer=f" {row.answer}")
-            rows += further_questions(row) if name == "sft" else [spoken]
+            if name == "sft":
+                rows += further_questions(row)
+            elif name != "think" or len(row.target_spans) <= MOST_EVENTS:
+                rows.append(replace(row, answer=f" {row.answer}"))
         write_rows(paths[name], rows)
     return paths
 
@@ -59,7 +64,8 @@ def prepare(out_dir: Path) -> dict[str, Path]:
 def further_questions(row: Row) -> list[Row]:
     """Rows about the same clip: when each of some labels is heard, with all of its times."""
     rng = random.Random(f"posttrain/ladder/{row.id}")
-    labels = sorted({event.label for event in row.events})
+    heard = Counter(event.label for event in row.events)
+    labels = sorted(label for label, times in heard.items() if times <= MOST_EVENTS)
     rows = []
     for label in rng.sample(labels, min(QUESTIONS_A_CLIP, len(labels))):
         question = timelines.when(label, row.events)

@@ -1,11 +1,11 @@
 """Preference pairs about times: every labelled row with an answer, beside the same answer spoilt.
 
     shifted    one span moved by more than its length        swapped   two labels trade their spans
-    merged     two neighbouring spans made one               dropped   one of several left out (x 2)
+    merged     two neighbouring spans made one               dropped   one of several left out
     packed     seconds written as packed minutes             invented  one more, where nothing is
     audio      the same answer for another clip
 
-Dropped events weigh double: models tend to find one and stop (see docs/rewards.md). The chosen
+Dropped events weigh more: models tend to find one and stop (see docs/rewards.md). The chosen
 answer has the row's labelled times, and opens as the row's own answer does.
 
     python -m data_recipes.timestamp_pairs --in rows.jsonl --out pairs.jsonl
@@ -92,7 +92,9 @@ def pack_minutes(seconds: float) -> str:
     return f"{minutes}.{rest // 10:02d}{rest % 10}"
 
 
-def pairs_of(row: Row, others: Sequence[Row], seed: int) -> list[Pair]:
+def pairs_of(
+    row: Row, others: Sequence[Row], seed: int, dropped_weight: float = DROPPED_WEIGHT
+) -> list[Pair]:
     """Every kind of pair that the row gives rise to."""
     rng = random.Random(f"posttrain/pairs/{seed}/{row.id}")
     labelled = [(e.label, e.start_s, e.end_s) for e in row.events
@@ -101,8 +103,9 @@ def pairs_of(row: Row, others: Sequence[Row], seed: int) -> list[Pair]:
     chosen = _written(row, labelled)
     pairs = []
 
-    def add(kind: str, rejected: str, weight: float = 1.0, audio: str | None = None) -> None:
+    def add(kind: str, rejected: str, audio: str | None = None) -> None:
         if rejected != chosen or audio is not None:
+            weight = dropped_weight if kind == "dropped" else 1.0
             better = replace(row, id=f"{row.id}/{kind}", answer=chosen)
             pairs.append(Pair(better, rejected, audio, kind, weight))
 
@@ -112,8 +115,7 @@ def pairs_of(row: Row, others: Sequence[Row], seed: int) -> list[Pair]:
         label = row.query or ""
         for kind, edit in EDITS.items():
             if (edited := edit(rng, spans, row)) is not None:
-                weight = DROPPED_WEIGHT if kind == "dropped" else 1.0
-                add(kind, _written(row, [(label, *span) for span in edited]), weight)
+                add(kind, _written(row, [(label, *span) for span in edited]))
         packed = " ".join(f"<t>{pack_minutes(a)}-{pack_minutes(b)}</t>" for a, b in spans)
         add("packed", f"{_opening(row)}{packed}")
     if (other := _other_clip(rng, row, others)) is not None:
@@ -136,7 +138,7 @@ def _dense_pairs(
         add("swapped", _written(row, swapped))
     if len(labelled) > 1:
         place = rng.randrange(len(labelled))
-        add("dropped", _written(row, labelled[:place] + labelled[place + 1 :]), DROPPED_WEIGHT)
+        add("dropped", _written(row, labelled[:place] + labelled[place + 1 :]))
     place = rng.randrange(len(labelled))
     label, *span = labelled[place]
     if (moved := shifted(rng, [(span[0], span[1])], row)) is not None:
@@ -172,10 +174,12 @@ def _other_clip(rng: random.Random, row: Row, others: Sequence[Row]) -> Row | No
     return None
 
 
-def make_pairs(rows: Sequence[Row], seed: int = 0) -> list[Pair]:
+def make_pairs(
+    rows: Sequence[Row], seed: int = 0, dropped_weight: float = DROPPED_WEIGHT
+) -> list[Pair]:
     """Pairs of every labelled row about times; other rows are passed over."""
     usable = [row for row in rows if row.task in TASKS and row.target_spans and row.audio]
-    return [pair for row in usable for pair in pairs_of(row, usable, seed)]
+    return [pair for row in usable for pair in pairs_of(row, usable, seed, dropped_weight)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -183,9 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--in", dest="source", type=Path, required=True, metavar="ROWS.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="PAIRS.jsonl")
     parser.add_argument("--rows", type=int, metavar="N", help="of the first N rows alone")
+    parser.add_argument(
+        "--dropped-weight", type=float, default=DROPPED_WEIGHT, metavar="W",
+        help="of pairs that leave an event out; others weigh 1 (default: 2)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    pairs = make_pairs(read_rows(args.source)[: args.rows], args.seed)
+    pairs = make_pairs(read_rows(args.source)[: args.rows], args.seed, args.dropped_weight)
     if not pairs:
         raise SystemExit(f"error: {args.source}: no labelled rows about times")
     write_pairs(args.out, pairs)

@@ -255,10 +255,10 @@ class TrainingConfig:
     """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes over
     learner.sequence_parallel_size."""
     per_device_train_batch_size: int = 1
-    """sft and dpo: clips (or pairs) that a rank forwards at once; the rest of prompts_per_step is
+    """sft and dpo: clips that a rank forwards at once; the rest of prompts_per_step is
     gradient accumulation."""
     rows_per_clip: int = 16
-    """sft: rows about one clip that are packed behind one copy of it."""
+    """sft and dpo: rows (pairs) about one clip that are packed behind one copy of it."""
     micro_batch_tokens: int | None = None
     """Tokens that a rank forwards at once; small groups are packed together, larger ones split
     into parts that each carry the prompt once. None: one group at a time."""

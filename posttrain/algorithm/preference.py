@@ -5,7 +5,7 @@ With s = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected), summed ove
 | loss_type | a pair's loss |
 |---|---|
 | sigmoid (2305.18290, eq. 7) | -log sigmoid(beta s) |
-| sigmoid_norm | the same with every log-ratio divided by its length |
+| sigmoid_norm (2411.15124) | the same with every log-ratio divided by its length |
 | hinge (2305.10425) | max(0, 1 - beta s) |
 | ipo (2310.12036, eq. 17) | (s_norm - 1 / (2 beta))^2, s_norm as in sigmoid_norm |
 

@@ -15,10 +15,11 @@ with a space, as nano's do.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +40,12 @@ def prepare(out_dir: Path) -> dict[str, Path]:
     """Writes whatever of the four files is missing; returns their paths."""
     paths = {name: out_dir / f"{name}.jsonl" for name in COUNTS}
     missing = [name for name, path in paths.items() if not path.exists()]
+    stamp = out_dir / "made_as.json"
+    settings = json.dumps([asdict(SPEC), COUNTS, SEEDS, MOST_EVENTS])
+    if len(missing) < len(paths) and (not stamp.exists() or stamp.read_text() != settings):
+        raise SystemExit(f"error: {out_dir} was made with other settings; remove it")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(settings)
     if not missing:
         return paths
     recordings = load_recordings("en")

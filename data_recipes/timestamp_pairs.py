@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.dropped_weight <= 0:
+        parser.error(f"--dropped-weight {args.dropped_weight:g}: a number above 0 is needed")
     pairs = make_pairs(read_rows(args.source)[: args.rows], args.seed, args.dropped_weight)
     if not pairs:
         raise SystemExit(f"error: {args.source}: no labelled rows about times")

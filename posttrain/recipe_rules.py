@@ -139,6 +139,10 @@ def _validate_supervised(recipe: Recipe) -> None:
     _rule(r.learner.sequence_parallel_size == 1,
           f"learner.sequence_parallel_size={r.learner.sequence_parallel_size} with kind={r.kind}",
           "ranks share a sequence under kind=grpo alone: set it to 1")
+    _rule(r.shared_prefix.enabled or r.learner.zero_stage < 3,
+          f"shared_prefix.enabled=false with learner.zero_stage=3 and kind={r.kind}",
+          "ranks forward unequal numbers of answers one by one, and ZeRO-3 waits for all of them: "
+          "set learner.zero_stage=2")
     _rule(t.prompts_per_step % (ranks * batch) == 0,
           f"training.prompts_per_step={t.prompts_per_step} with learner.num_processes={ranks} and "
           f"training.per_device_train_batch_size={batch}", "make it a multiple of their product")

@@ -252,13 +252,14 @@ class TrainingConfig:
 
     max_steps: int = 100
     prompts_per_step: int = 32
-    """Groups in one optimizer step, over all ranks; a multiple of learner.num_processes over
-    learner.sequence_parallel_size."""
+    """In one optimizer step, over all ranks. grpo: groups, a multiple of learner.num_processes over
+    learner.sequence_parallel_size. sft and dpo: clips, each with its rows or pairs."""
     per_device_train_batch_size: int = 1
     """sft and dpo: clips that a rank forwards at once; the rest of prompts_per_step is
     gradient accumulation."""
     rows_per_clip: int = 16
-    """sft and dpo: rows (pairs) about one clip that are packed behind one copy of it."""
+    """sft and dpo: rows (pairs) about one clip that are packed behind one copy of it; pairs that
+    reject it for another clip share that one as well, so a bundle has two clips at most."""
     micro_batch_tokens: int | None = None
     """Tokens that a rank forwards at once; small groups are packed together, larger ones split
     into parts that each carry the prompt once. None: one group at a time."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,11 @@ def _parse(record: Mapping[str, Any], where: str, base_dir: Path) -> Pair:
         raise ValueError(f"{where}: {type(record).__name__} instead of a JSON object")
     chosen, rejected = (_answer(record.get(key), key, where) for key in ("chosen", "rejected"))
     rest = {key: value for key, value in record.items() if key not in OWN_KEYS}
-    row = parse_row({**rest, "answer": chosen}, where=where, base_dir=base_dir)
+    row = replace(parse_row(rest, where=where, base_dir=base_dir), answer=chosen)
     other = record.get("rejected_audio")
     if other is not None and not Path(other).is_absolute():
         other = str(base_dir / other)
-    if other is None and chosen == rejected:
+    if other in (None, row.audio) and chosen == rejected:
         raise ValueError(f"{where}: chosen and rejected are the same text; drop the pair")
     weight = record.get("weight", 1.0)
     if not isinstance(weight, int | float) or not weight > 0:
@@ -90,7 +90,7 @@ def _parse(record: Mapping[str, Any], where: str, base_dir: Path) -> Pair:
 
 def _answer(value: Any, key: str, where: str) -> str:
     """The text of an answer; TRL's conversational form is a list with one assistant message."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: `{key}` is {value!r}; give the answer's text")

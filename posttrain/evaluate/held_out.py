@@ -134,6 +134,16 @@ def summary_of(
     return out
 
 
+def check_rows(record: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> None:
+    """Raises ValueError where a run's `held_out/*.json` is about other rows."""
+    for name, part in rows.items():
+        if [score["row_id"] for score in record.get(name, ())] != [row.id for row in part]:
+            raise ValueError(
+                f"held-out answers of step {record['step']} are not to the rows of data: {name}; "
+                "with evaluation.before set, evaluate the same rows or set it to null"
+            )
+
+
 def to_records(scores: Sequence[RowScore]) -> list[dict[str, Any]]:
     return [asdict(score) for score in scores]
 

@@ -141,8 +141,13 @@ def replayed_rows(recipe: Recipe, num_target: int) -> list[Row]:
     return copies[:wanted]
 
 
-def training_pairs(recipe: Recipe) -> tuple[list[Pair], dict[str, list[Pair]]]:
-    """Preference pairs of data.train, and those of data.held_out_pairs; checked.
+def training_pairs(
+    recipe: Recipe, *, check: bool = True
+) -> tuple[list[Pair], dict[str, list[Pair]]]:
+    """Preference pairs of data.train, and those of data.held_out_pairs.
+
+    Args:
+        check: every clip and length as well; False where another process has done it.
 
     Raises:
         ValueError, FileNotFoundError: as `read_pairs`; a clip that is missing; a held-out pair that
@@ -150,17 +155,25 @@ def training_pairs(recipe: Recipe) -> tuple[list[Pair], dict[str, list[Pair]]]:
     """
     pairs = [pair for source in recipe.data.train.values() for pair in _read_pairs(source)]
     held_out = {n: _read_pairs(source) for n, source in recipe.data.held_out_pairs.items()}
+    if not check:
+        return pairs, held_out
     everything = [*pairs, *(pair for part in held_out.values() for pair in part)]
-    check_clips([pair.row for pair in everything])
+    rows = list({pair.row.audio: pair.row for pair in everything}.values())
+    check_clips(rows)
+    _check_lengths(rows, recipe)
     trained = {pair.id for pair in pairs}
     for name, part in held_out.items():
         if leaked := [pair.id for pair in part if pair.id in trained]:
             raise ValueError(f"data.held_out_pairs.{name}: pair {leaked[0]!r} is in data.train too")
+    known = {row.audio for row in rows}
     for pair in everything:
-        if pair.rejected_audio is not None and not Path(pair.rejected_audio).is_file():
-            raise FileNotFoundError(
-                f"pair {pair.id!r}: rejected_audio {pair.rejected_audio}: no such file"
-            )
+        other = pair.rejected_audio
+        if other is None or other in known:
+            continue
+        if not Path(other).is_file():
+            raise FileNotFoundError(f"pair {pair.id!r}: rejected_audio {other}: no such file")
+        _check_lengths([replace(pair.row, audio=other, duration_s=audio_duration_s(other))], recipe)
+        known.add(other)
     return pairs, held_out
 
 

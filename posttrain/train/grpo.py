@@ -150,7 +150,9 @@ class GrpoLoop:
     def evaluate(self, when: str, done: int) -> None:
         """Greedy answers on the held-out rows; kept in the run folder, so resuming repeats none."""
         kept = self.run.load_json(f"held_out/{when}.json")
-        if not self.data.held_out or (kept and kept["step"] == done):
+        if kept and kept["step"] == done:
+            return held_out.check_rows(kept, self.data.held_out)
+        if not self.data.held_out:
             return
         limit = self.recipe.sampling.max_completion_length
         generate = self.cluster.pool.generate

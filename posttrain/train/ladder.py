@@ -46,9 +46,10 @@ def climb(recipe: Recipe) -> Path:
         if not (folder / "summary.json").exists():
             Console().rule(f"{run.path.name}: {name}")
             stage = stage_recipes(recipe, run.path, model)[name]
-            if previous and answers_alike(stage, stages[previous]):
+            if previous:
                 known = run.path / "stages" / previous / "held_out" / "after.json"
-                stage.evaluation = replace(stage.evaluation, before=str(known))
+                alike = answers_alike(stage, stages[previous])
+                stage.evaluation = replace(stage.evaluation, before=str(known) if alike else None)
             run_recipe(stage)
         summary = json.loads((folder / "summary.json").read_text())
         if failed := [gate["name"] for gate in summary.get("gates", ()) if not gate["passed"]]:
@@ -95,7 +96,11 @@ def answers_alike(stage: Recipe, previous: Recipe) -> bool:
 
     def settings(recipe: Recipe) -> tuple[object, ...]:
         limit = recipe.sampling.max_completion_length
-        return limit, recipe.rollout, recipe.model.dtype, recipe.rewards, recipe.scoring
+        fits_prior = recipe.rewards and recipe.scoring.prior is None  # on the rows it trains on
+        return (
+            limit, recipe.rollout, recipe.model.dtype, recipe.rewards, recipe.scoring,
+            recipe.data.train if fits_prior else None,
+        )  # fmt: skip
 
     return settings(stage) == settings(previous)
 

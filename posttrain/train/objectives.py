@@ -45,26 +45,30 @@ class Batch:
 
 
 class Objective(Protocol):
-    """Collates items and turns log-probabilities into a loss.
+    """Collates bundles and turns log-probabilities into a loss.
 
     Attributes:
-        held_out: items of every held-out set.
+        held_out: bundles of every held-out set.
     """
 
     held_out: Mapping[str, Sequence[Any]]
 
-    def items(self) -> int:
-        """How many there are to train on."""
+    def num_bundles(self) -> int:
+        """How many there are to train on: rows, or pairs, about one clip."""
         ...
 
     def collate(self, numbers: Sequence[int], name: str | None = None) -> Batch:
-        """Items of the training set, or of the held-out set `name`, as one batch."""
+        """Bundles of the training set, or of the held-out set `name`, as one batch."""
         ...
 
     def loss(
         self, batch: Batch, forward: Forward, reference: Forward, denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss over the denominator, metrics as sums; those of `num_items` are divided by it)."""
+        """(loss over the denominator, sums that `means` makes metrics of)."""
+        ...
+
+    def means(self, sums: Mapping[str, float], num_items: float) -> dict[str, float]:
+        """Metrics, given sums over all batches and ranks, and the number of their items."""
         ...
 
 
@@ -74,6 +78,8 @@ Item = TypeVar("Item", Row, Pair)
 def bundled(items: Sequence[Item], rows_per_clip: int) -> list[tuple[Item, ...]]:
     """Rows, or pairs, that share clip and system message, in order of first appearance.
 
+    A bundle of pairs has two clips at most: their own and one `rejected_audio`.
+
     Args:
         rows_per_clip: the most of one bundle; what is left opens the next.
     """
@@ -82,12 +88,18 @@ def bundled(items: Sequence[Item], rows_per_clip: int) -> list[tuple[Item, ...]]
     for item in items:
         row = item.row if isinstance(item, Pair) else item
         key = shared_context(row) if row.audio is not None else row.id
-        bundle = open_bundles.get(key)
-        if bundle is None or len(bundle) >= rows_per_clip:
+        bundle: list[Item] = open_bundles.get(key, [])
+        if not bundle or len(bundle) >= rows_per_clip or len(_others([*bundle, item])) > 1:
             bundle = open_bundles[key] = []
             bundles.append(bundle)
         bundle.append(item)
     return [tuple(bundle) for bundle in bundles]
+
+
+def _others(items: Sequence[Row | Pair]) -> set[str]:
+    """Clips of rejected answers."""
+    return {item.rejected_audio for item in items
+            if isinstance(item, Pair) and item.rejected_audio is not None}  # fmt: skip
 
 
 class SftObjective:
@@ -103,7 +115,7 @@ class SftObjective:
         }
         self.audio = audio
 
-    def items(self) -> int:
+    def num_bundles(self) -> int:
         return len(self.bundles)
 
     def collate(self, numbers: Sequence[int], name: str | None = None) -> Batch:
@@ -129,6 +141,12 @@ class SftObjective:
         entropy = torch.stack([entropy.sum() for _, entropy in outputs]).sum()
         return nll / denominator, {"nll": nll.detach(), "entropy": entropy}
 
+    def means(self, sums: Mapping[str, float], num_items: float) -> dict[str, float]:
+        return {name: value / num_items for name, value in sums.items()}
+
+
+WRONG, PAIRS = "wrong of kind ", "pairs of kind "  # sums that are no means over all pairs
+
 
 class DpoObjective:
     """Direct preference optimisation: all pairs about a clip share its forward pass."""
@@ -145,7 +163,7 @@ class DpoObjective:
         self.kinds = sorted({pair.kind for pair in everything if pair.kind})
         self.config, self.audio = config, audio
 
-    def items(self) -> int:
+    def num_bundles(self) -> int:
         return len(self.bundles)
 
     def collate(self, numbers: Sequence[int], name: str | None = None) -> Batch:
@@ -189,10 +207,22 @@ class DpoObjective:
         )  # fmt: skip
         wrong_B = ranked_wrong(chosen_B, rejected_B, **lengths_B)
         metrics["ranked_wrong"] = wrong_B.sum()
-        for kind in self.kinds:  # of all pairs, so that these add up to the one above
+        for kind in self.kinds:
             of_kind_B = torch.tensor([pair.kind == kind for pair in pairs], device=device)
-            metrics[f"ranked_wrong_{kind}"] = (wrong_B & of_kind_B).sum()
+            metrics[WRONG + kind] = (wrong_B & of_kind_B).sum()
+            metrics[PAIRS + kind] = of_kind_B.sum()
         return loss, metrics
+
+    def means(self, sums: Mapping[str, float], num_items: float) -> dict[str, float]:
+        """Over all pairs; `ranked_wrong_KIND` over the pairs of that kind, where there are any."""
+        of_all = {
+            name: value / num_items for name, value in sums.items()
+            if not name.startswith((WRONG, PAIRS))
+        }  # fmt: skip
+        return of_all | {
+            f"ranked_wrong_{kind}": sums[WRONG + kind] / sums[PAIRS + kind]
+            for kind in self.kinds if sums[PAIRS + kind]
+        }  # fmt: skip
 
 
 class _AnswersOnce:
@@ -201,12 +231,13 @@ class _AnswersOnce:
     def __init__(self, audio: AudioInputs) -> None:
         self.audio = audio
         self.clips: dict[str | None, tuple[dict[str, Tensor], int | None]] = {}
-        self.talks: dict[tuple[str | None, bytes], list[Conversation]] = {}  # by clip and prefix
+        self.numbers: dict[tuple[str | None, bytes], int] = {}  # of groups, by clip and prefix
+        self.talks: list[tuple[str | None, list[Conversation]]] = []  # clip and talks of each
         self.places: dict[tuple[str | None, str], tuple[int, int]] = {}
 
     def place(self, audio: str | None, messages: Sequence[Message]) -> tuple[int, int]:
         """(group, completion) where the conversation's last answer stands."""
-        asked = audio, json.dumps(messages)
+        asked = audio, json.dumps([dict(message) for message in messages])
         if asked not in self.places:
             if audio not in self.clips:
                 self.clips[audio] = self.audio.fields(audio)
@@ -214,15 +245,17 @@ class _AnswersOnce:
             # earlier turns are the prompt's: the last answer alone is compared
             talk = Conversation(talk.prefix_P, talk.ids_T, last_run(talk.assistant_T))
             behind = audio, talk.prefix_P.numpy().tobytes()
-            group = self.talks.setdefault(behind, [])
-            self.places[asked] = list(self.talks).index(behind), len(group)
-            group.append(talk)
+            group = self.numbers.setdefault(behind, len(self.numbers))
+            if group == len(self.talks):
+                self.talks.append((audio, []))
+            talks = self.talks[group][1]
+            self.places[asked] = group, len(talks)
+            talks.append(talk)
         return self.places[asked]
 
     def groups(self) -> list[GroupTensors]:
         return [
-            group_of(talks[0].prefix_P, talks, self.clips[audio][0])
-            for (audio, _), talks in self.talks.items()
+            group_of(talks[0].prefix_P, talks, self.clips[audio][0]) for audio, talks in self.talks
         ]
 
 

@@ -138,7 +138,7 @@ WITHOUT_CHECKPOINT = ("ladder", "distill")  # kinds that do lasting work before 
 FREE_TO_CHANGE = (
     "resume", "report_to", "output_dir", "rollout.", "training.max_steps", "training.learning_rate",
     "training.save_", "training.eval_steps", "training.max_skipped_steps",
-    "evaluation.bootstrap_samples", "gates",
+    "evaluation.bootstrap_samples", "evaluation.before", "gates",
 )  # fmt: skip
 
 

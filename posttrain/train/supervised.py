@@ -133,7 +133,9 @@ class SupervisedRun:
     def evaluate(self, when: str, done: int) -> None:
         """Greedy answers of the starting model, or of the last checkpoint, on held-out rows."""
         kept = self.run.load_json(f"held_out/{when}.json")
-        if not self.rows or (kept and kept["step"] == done):
+        if kept and kept["step"] == done:
+            return held_out.check_rows(kept, self.rows)
+        if not self.rows:
             return
         checkpoint = self.run.checkpoints.latest() if done else None
         recipe = self.recipe

@@ -70,16 +70,17 @@ class SupervisedRank(PolicyRank):
         adapter_alone = recipe.lora.enabled and not recipe.model.trains_beside_adapter
         if recipe.kind == "dpo" and not adapter_alone:
             self.reference = self.build_reference()  # no adapter to switch off brings it back
-        return sizes | {"num_items": self.objective.items()}
+        return sizes
 
     def _objective(self) -> Objective:
+        """What is learned; the controller has checked the data."""
         recipe = self.recipe
         if recipe.kind == "dpo":
-            pairs, held_out_pairs = training_pairs(recipe)
+            pairs, held_out_pairs = training_pairs(recipe, check=False)
             return DpoObjective(
                 pairs, held_out_pairs, recipe.dpo, recipe.training.rows_per_clip, self.audio_inputs
             )
-        rows, held_out = training_rows(recipe, check=False)  # the controller has checked them
+        rows, held_out = training_rows(recipe, check=False)
         answered = {name: [r for r in part if r.answer.strip()] for name, part in held_out.items()}
         return SftObjective(rows, answered, recipe.training.rows_per_clip, self.audio_inputs)
 
@@ -102,12 +103,14 @@ class PackedTrainer(SFTTrainer):
 
     def __init__(self, rank: SupervisedRank, checkpoints: Checkpoints, *, resumed: bool) -> None:
         self.rank, self.objective, self.checkpoints = rank, rank.objective, checkpoints
+        self.sums: dict[str, Any] = defaultdict(float)  # of a step, this rank's
+        self.num_items = 0.0  # of a step, all ranks'
         super().__init__(
             rank.policy,
             trainer_arguments(rank.recipe, rank.device.type, checkpoints.folder, resumed=resumed),
             data_collator=self._collated,
-            train_dataset=Dataset.from_dict({"item": range(self.objective.items())}),
-            eval_dataset=Dataset.from_dict({"item": [0]}),  # `evaluate` has the real ones
+            train_dataset=Dataset.from_dict({"bundle": range(self.objective.num_bundles())}),
+            eval_dataset=Dataset.from_dict({"bundle": [0]}),  # `evaluate` has the real ones
             processing_class=rank.processor,
             callbacks=[_StopWhenSkipping(self), *([_Log(rank)] if rank.rank == 0 else [])],
         )
@@ -119,7 +122,7 @@ class PackedTrainer(SFTTrainer):
             )
 
     def _collated(self, items: list[dict[str, int]]) -> dict[str, Any]:
-        batch = self.objective.collate([item["item"] for item in items])
+        batch = self.objective.collate([item["bundle"] for item in items])
         # Trainer counts these over accumulation steps and ranks: the batch's number of items
         counted = torch.zeros(batch.num_items, dtype=torch.long)
         return {"batch": batch, "labels": counted, "shift_labels": counted}
@@ -128,7 +131,9 @@ class PackedTrainer(SFTTrainer):
         """The order is a function of the step alone, so a resumed run goes on where it was."""
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=RankBatches(self.rank.recipe, self.objective.items(), self.rank.rank),
+            batch_sampler=RankBatches(
+                self.rank.recipe, self.objective.num_bundles(), self.rank.rank
+            ),
             collate_fn=self.data_collator,
         )
 
@@ -139,15 +144,20 @@ class PackedTrainer(SFTTrainer):
         """Sum over this rank's items by the number of items of the whole batch.
 
         DeepSpeed averages gradients over ranks, hence the factor.
+
+        Raises:
+            RuntimeError: Trainer did not count the items of the whole batch.
         """
+        if num_items_in_batch is None:
+            raise RuntimeError("transformers' Trainer counts no items; use the locked version")
         batch: Batch = inputs["batch"]
         verified = self.rank.verify(batch.groups[0].to(self.rank.device))
         for name, difference in verified.items():
             self._metrics["train"][name].append(difference)
-        total = batch.num_items if num_items_in_batch is None else float(num_items_in_batch)
-        loss, sums = self._loss(model, batch, total / dist.get_world_size())
+        self.num_items = float(num_items_in_batch)
+        loss, sums = self._loss(model, batch, self.num_items / dist.get_world_size())
         for name, value in sums.items():
-            self._metrics["train"][name].append(self._over_ranks(value) / total)
+            self.sums[name] += value.detach().double()
         return loss
 
     def _loss(
@@ -165,16 +175,22 @@ class PackedTrainer(SFTTrainer):
         self.rank.engine = self.model_wrapped
         return self.rank.reference_logprobs(groups, temperature=1.0)
 
-    def _over_ranks(self, value: torch.Tensor) -> float:
-        total = value.detach().double().to(self.rank.device)
+    def _over_ranks(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Sums over all ranks, which all have the same names."""
+        names = sorted(sums)
+        total = torch.tensor([float(sums[n]) for n in names], dtype=torch.float64)
+        total = total.to(self.rank.device)
         dist.all_reduce(total)
-        return float(total)
+        return dict(zip(names, total.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Metrics of accumulation steps add up: each is a share of the whole batch's."""
-        summed = {name: sum(shares) for name, shares in self._metrics["train"].items()}
+        """Sums of all micro-batches and ranks become the step's metrics."""
+        own = {name: sum(values) for name, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
-        super().log(logs | summed, start_time)
+        if self.sums:
+            own |= self.objective.means(self._over_ranks(self.sums), self.num_items)
+            self.sums.clear()
+        super().log(logs | own, start_time)
 
     @torch.no_grad()
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
@@ -182,6 +198,8 @@ class PackedTrainer(SFTTrainer):
         self.model_wrapped.eval()
         metrics: dict[str, float] = {}
         for name, held_out in self.objective.held_out.items():
+            if not held_out:  # no row of the source has an answer
+                continue
             sums: dict[str, float] = defaultdict(float)
             for numbers in self._shares(len(held_out)):
                 # a rank that has run out keeps the others company, as ZeRO-3 needs, for nothing
@@ -190,13 +208,10 @@ class PackedTrainer(SFTTrainer):
                 counted: dict[str, Any] = {"loss": loss, "items": batch.num_items, **parts}
                 for key, value in counted.items():
                     sums[key] += float(value) if numbers else 0.0
-            keys = sorted(sums)
-            total = torch.tensor([sums[k] for k in keys], dtype=torch.float64)
-            total = total.to(self.rank.device)
-            dist.all_reduce(total)
-            values = dict(zip(keys, total.tolist(), strict=True))
-            items = values.pop("items")
-            metrics |= {f"eval_{name}_{key}": value / items for key, value in values.items()}
+            total = self._over_ranks(sums)
+            items = total.pop("items")
+            means = self.objective.means(total, items)
+            metrics |= {f"eval_{name}_{key}": value for key, value in means.items()}
         self.model_wrapped.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -332,9 +347,8 @@ def renamed(logs: Mapping[str, Any], step: int, recipe: Recipe) -> dict[str, flo
         if name.startswith("eval_"):
             metrics[f"held_out/{name.removeprefix('eval_')}"] = float(value)
         else:
-            metrics[name if "/" in name and "rewards/" not in name else f"train/{name}"] = float(
-                value
-            )
+            own = name.startswith("shared_prefix/")
+            metrics[name if own else f"train/{name}"] = float(value)
     if "train/learning_rate" in metrics:
         metrics["train/learning_rate"] = recipe.training.learning_rate * lr_factor(recipe, step - 1)
     return metrics

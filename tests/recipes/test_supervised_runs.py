@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data_recipes import refusals
 from data_recipes.timestamp_pairs import make_pairs
 from posttrain.cli import main
 from posttrain.config import load_recipe
-from posttrain.data.pairs import write_pairs
+from posttrain.data.pairs import read_pairs, write_pairs
 from posttrain.data.rows import read_rows, write_rows
 from posttrain.model.load import load_model
 from posttrain.train.batches import question_rows
@@ -76,8 +77,9 @@ def test_dpo(small: list[str], tmp_path: Path) -> None:
     assert before["held_out/main_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
     assert after["held_out/main_loss"] < before["held_out/main_loss"]
     assert 0 <= after["held_out/main_ranked_wrong"] <= 1
-    wrong_by_kind = [after[f"held_out/main_ranked_wrong_{kind}"] for kind in summary["pair_kinds"]]
-    assert sum(wrong_by_kind) == pytest.approx(after["held_out/main_ranked_wrong"])
+    held_out = Counter(pair.kind for pair in read_pairs(tmp_path / "test_pairs.jsonl"))
+    wrong = sum(n * after[f"held_out/main_ranked_wrong_{kind}"] for kind, n in held_out.items())
+    assert wrong == pytest.approx(after["held_out/main_ranked_wrong"] * held_out.total())
     assert sum(summary["pair_kinds"].values()) == summary["pairs"] == 32
 
 

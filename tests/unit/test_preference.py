@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from posttrain.data.rows import Event, Row, read_rows
 from posttrain.model.load import load_model, load_processor
 from posttrain.model.policy import Policy, group_logprobs
 from posttrain.schema import DpoConfig
-from posttrain.train.objectives import DpoObjective
+from posttrain.train.objectives import DpoObjective, bundled
 from posttrain.types import Task
 from reward_models.timestamps import parse_spans
 
@@ -131,7 +132,7 @@ def test_pairs_on_the_packed_path_equal_plain_forwards(pairs: list[Pair], nano: 
     """Each answer by itself through transformers, summed, into the loss."""
     config = DpoConfig(beta=0.3, sft_weight=0.2)
     objective = DpoObjective(pairs, {}, config, 16, PlainAudio(nano))  # type: ignore[arg-type]
-    assert objective.items() == 1, "both pairs are about one clip"
+    assert objective.num_bundles() == 1, "both pairs are about one clip"
     batch = objective.collate([0])
     assert [len(g.completion_ids_GT) for g in batch.groups] == [2, 1], "each answer once"
     policy, before = Policy(load_model(nano)), Policy(load_model(nano))
@@ -157,9 +158,17 @@ def test_pairs_on_the_packed_path_equal_plain_forwards(pairs: list[Pair], nano: 
     for pair, sums_now in zip(pairs, sums["now"], strict=True):
         (chosen, chosen_length), (rejected, rejected_length) = sums_now
         wrong = chosen / chosen_length <= rejected / rejected_length
-        assert bool(metrics[f"ranked_wrong_{pair.kind}"]) == wrong
-    by_kind = metrics["ranked_wrong_shifted"] + metrics["ranked_wrong_audio"]
-    assert metrics["ranked_wrong"] == by_kind
+        share = objective.means({n: float(v) for n, v in metrics.items()}, 2.0)
+        assert share[f"ranked_wrong_{pair.kind}"] == float(wrong)
+        assert 0 <= share["ranked_wrong"] <= 1 and not any("of kind" in name for name in share)
+
+
+def test_a_bundle_of_pairs_has_two_clips_at_most(pairs: list[Pair]) -> None:
+    same, other = pairs
+    third = replace(other, rejected_audio="third.wav")
+    bundles = bundled([same, other, same, third, other, same], 16)
+    assert bundles == [(same, other, same), (third,), (other, same)]
+    assert bundled([same, same, other], 2) == [(same, same), (other,)]
 
 
 def plain_sum(model: Any, nano: str, audio: str, prompt: Any, text: str) -> tuple[float, int]:
@@ -184,6 +193,14 @@ def test_pairs_survive_the_disk(pairs: list[Pair], tmp_path: Path) -> None:
     assert read_pairs(tmp_path / "pairs.jsonl") == pairs
 
 
+def test_the_chosen_answer_counts_whatever_the_prompts_form(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "perhaps"}]
+    record = {"id": "p", "messages": talk, "task": "chat", "chosen": "yes", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    (pair,) = read_pairs(tmp_path / "pairs.jsonl")
+    assert pair.row.answer == "yes" and pair.row.prompt == (talk[0],)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,6 +208,7 @@ def test_pairs_survive_the_disk(pairs: list[Pair], tmp_path: Path) -> None:
         ({"rejected": "yes"}, "the same text; drop the pair"),
         ({"weight": 0}, "weight is 0; a number above 0"),
         ({"chosen": None}, "`chosen` is None"),
+        ({"rejected": ["no"]}, r"`rejected` is \['no'\]"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path: Path, change: dict, message: str) -> None:

@@ -97,3 +97,9 @@ def test_json_schema_knows_every_key() -> None:
     assert training["properties"]["learning_rate"] == {"type": "number", "default": 1e-6}
     assert training["additionalProperties"] is False
     assert "data.train.NAME.path" in known_keys()
+
+
+def test_dense_supervised_runs_are_refused_under_zero_3() -> None:
+    """Ranks would wait for each other's forward passes for ever."""
+    with pytest.raises(ValueError, match="set learner.zero_stage=2"):
+        load_recipe(NANO.with_name("sft_full_zero3.yaml"), ["shared_prefix.enabled=false"])

@@ -19,6 +19,7 @@ from data_recipes import (
     covost2,
     czech_clips,
     fleurs,
+    ladder,
     refusals,
     tacos,
 )
@@ -226,6 +227,26 @@ def test_czech_clips_are_parallel(tmp_path: Path) -> None:
     assert speech.split == translation.split and reasons(found) == ["text without sound"]
     with pytest.raises(FileNotFoundError, match="install fillets-ng-data"):
         list(czech_clips.rows(tmp_path / "empty", tmp_path / "out"))
+
+
+def test_ladder_data_is_finished_but_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"sft": 6, "think": 12, "grpo": 12, "test": 4}
+    monkeypatch.setattr(ladder, "COUNTS", counts)
+    paths = ladder.prepare(tmp_path)
+    rows = {name: read_rows(path) for name, path in paths.items()}
+    assert len(rows["grpo"]) == 12 and len(rows["test"]) == 4
+    assert 0 < len(rows["think"]) <= 12 and len({row.audio for row in rows["sft"]}) <= 6
+    most = {name: max(len(row.target_spans) for row in part) for name, part in rows.items()}
+    assert max(most["sft"], most["think"]) <= ladder.MOST_EVENTS < most["grpo"]
+    written = paths["think"].read_bytes()
+    paths["think"].unlink()
+    ladder.prepare(tmp_path)
+    assert paths["think"].read_bytes() == written, "what is missing is made as before"
+    monkeypatch.setattr(ladder, "COUNTS", counts | {"test": 5})
+    with pytest.raises(SystemExit, match="made with other settings; remove it"):
+        ladder.prepare(tmp_path)
 
 
 def test_refusals_come_in_twins(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from posttrain.config import load_recipe
-from posttrain.evaluate.held_out import RowScore, compare
+from posttrain.data.pairs import Pair, write_pairs
+from posttrain.data.rows import read_rows
+from posttrain.evaluate.held_out import RowScore, check_rows, compare, to_records
 from posttrain.evaluate.row_statistics import interval
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
-from posttrain.train.batches import PromptBatches
+from posttrain.train.batches import PromptBatches, training_pairs
 from posttrain.train.grpo import GrpoLoop, sampling_seed
 from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
@@ -140,6 +142,40 @@ def test_held_out_comparison_is_paired() -> None:
     low, high = interval("success", np.array([[0.0, 1.0], [1.0, 1.0]] * 200), 2_000)
     # normal approximation: 0.5 +- 1.96 * 0.5 / sqrt(400)
     assert low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+
+
+def test_known_answers_belong_to_the_rows_that_are_evaluated(timelines: Path) -> None:
+    rows = read_rows(timelines / "test.jsonl")
+    scores = [RowScore(row.id, "miou", {"miou": (0.5, 1.0)}, 0.5, "", False) for row in rows]
+    record = {"step": 4, "main": to_records(scores)}
+    check_rows(record, {"main": rows})
+    for other in (rows[:-1], rows[::-1]):
+        with pytest.raises(ValueError, match=r"step 4 are not to the rows of data: main"):
+            check_rows(record, {"main": other})
+    with pytest.raises(ValueError, match="not to the rows of data: reported"):
+        check_rows(record, {"main": rows, "reported": rows})
+
+
+@pytest.mark.parametrize("which", ["its own clip", "the rejected answer's clip"])
+def test_clips_of_pairs_must_fit_the_encoder(
+    recipe_file: Path, timelines: Path, tmp_path: Path, which: str
+) -> None:
+    rows = sorted(read_rows(timelines / "train.jsonl"), key=lambda row: row.duration_s)
+    short, long = rows[0], rows[-1]
+    own = which == "its own clip"
+    pair = (
+        Pair(long, " nothing", None, "shifted", 1.0) if own
+        else Pair(short, short.answer, long.audio, "audio", 1.0)
+    )  # fmt: skip
+    write_pairs(tmp_path / "pairs.jsonl", [pair])
+    limit = (short.duration_s + long.duration_s) / 2
+    data = f"data.train.main.path={tmp_path / 'pairs.jsonl'}"
+    fits = load_recipe(recipe_file, ["kind=dpo", data])
+    assert len(training_pairs(fits)[0]) == 1
+    recipe = load_recipe(recipe_file, ["kind=dpo", data, f"model.max_audio_len_s={limit}"])
+    with pytest.raises(ValueError, match=rf"row {pair.row.id!r}.*model.max_audio_len_s"):
+        training_pairs(recipe)
+    assert len(training_pairs(recipe, check=False)[0]) == 1, "ranks do not check again"
 
 
 def test_seeds_depend_on_run_step_and_prompt() -> None:

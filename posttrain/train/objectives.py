@@ -78,7 +78,8 @@ Item = TypeVar("Item", Row, Pair)
 def bundled(items: Sequence[Item], rows_per_clip: int) -> list[tuple[Item, ...]]:
     """Rows, or pairs, that share clip and system message, in order of first appearance.
 
-    A bundle of pairs has two clips at most: their own and one `rejected_audio`.
+    A bundle of pairs has two clips at most: their own and one `rejected_audio`. No bundle holds a
+    row twice: what is replayed more than once comes back in other steps.
 
     Args:
         rows_per_clip: the most of one bundle; what is left opens the next.
@@ -89,11 +90,19 @@ def bundled(items: Sequence[Item], rows_per_clip: int) -> list[tuple[Item, ...]]
         row = item.row if isinstance(item, Pair) else item
         key = shared_context(row) if row.audio is not None else row.id
         bundle: list[Item] = open_bundles.get(key, [])
-        if not bundle or len(bundle) >= rows_per_clip or len(_others([*bundle, item])) > 1:
+        full = len(bundle) >= rows_per_clip or len(_others([*bundle, item])) > 1
+        if not bundle or full or any(_says(other) == _says(item) for other in bundle):
             bundle = open_bundles[key] = []
             bundles.append(bundle)
         bundle.append(item)
     return [tuple(bundle) for bundle in bundles]
+
+
+def _says(item: Row | Pair) -> tuple[Any, ...]:
+    """Equal for two rows, or pairs, about one clip that teach the same."""
+    if isinstance(item, Pair):
+        return (*_says(item.row), item.rejected, item.rejected_audio)
+    return item.prompt, item.answer
 
 
 def _others(items: Sequence[Row | Pair]) -> set[str]:

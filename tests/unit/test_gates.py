@@ -19,6 +19,7 @@ from posttrain.evaluate.row_statistics import paired
 from posttrain.model.load import load_processor
 from posttrain.schema import GateConfig
 from posttrain.train.batches import training_rows
+from posttrain.train.objectives import bundled
 from posttrain.types import Completion, Task
 
 
@@ -142,6 +143,11 @@ def test_replayed_rows_make_their_share(recipe_file: Path, timelines: Path, tmp_
     mixed, _ = training_rows(recipe)
     assert len(mixed) == 64 and len({row.id for row in mixed}) == 64
     assert sum(row.id.split("#")[0] in {r.id for r in rows} for row in mixed) == 32
+    bundles = bundled(mixed, rows_per_clip=16)
+    for bundle in bundles:
+        originals = [row.id.split("#")[0] for row in bundle]
+        assert len(set(originals)) == len(originals), "copies come back in other steps"
+    assert sum(map(len, bundles)) == 64
     with pytest.raises(ValueError, match=r"data.replay_ratio=0.5 with 0 replay sources"):
         load_recipe(recipe_file, ["kind=sft", "data.replay_ratio=0.5"])
     with pytest.raises(ValueError, match=r"data.replay_ratio=None with 1 replay sources"):

@@ -163,12 +163,14 @@ def test_pairs_on_the_packed_path_equal_plain_forwards(pairs: list[Pair], nano: 
         assert 0 <= share["ranked_wrong"] <= 1 and not any("of kind" in name for name in share)
 
 
-def test_a_bundle_of_pairs_has_two_clips_at_most(pairs: list[Pair]) -> None:
+def test_a_bundle_of_pairs_has_two_clips_at_most_and_no_pair_twice(pairs: list[Pair]) -> None:
     same, other = pairs
+    late, none = replace(same, rejected=" may <t>9.0-9.4</t>"), replace(same, rejected=" nothing")
     third = replace(other, rejected_audio="third.wav")
-    bundles = bundled([same, other, same, third, other, same], 16)
-    assert bundles == [(same, other, same), (third,), (other, same)]
-    assert bundled([same, same, other], 2) == [(same, same), (other,)]
+    bundles = bundled([same, other, late, third, other, none], 16)
+    assert bundles == [(same, other, late), (third,), (other, none)]
+    assert bundled([same, late, other], 2) == [(same, late), (other,)]
+    assert bundled([same, other, same, late], 16) == [(same, other), (same, late)]
 
 
 def plain_sum(model: Any, nano: str, audio: str, prompt: Any, text: str) -> tuple[float, int]:

@@ -298,13 +298,14 @@ def _chunks(rows: Sequence[Row], settings: ChainSettings) -> Iterator[tuple[int,
 
 
 def _silenced(row: Row, folder: Path) -> Row:
-    """The row with a clip of the same length in which nothing is heard."""
+    """The row with a clip of its length, in whole seconds, in which nothing is heard."""
     if row.audio is None or row.duration_s is None:
         return row
-    path = folder / f"{row.duration_s:.2f}.flac"
+    seconds = max(1, int(row.duration_s))
+    path = folder / f"{seconds}.flac"
     if not path.exists():
         rng = np.random.default_rng(0)
-        samples = rng.standard_normal(round(row.duration_s * SAMPLE_RATE_HZ), dtype=np.float32)
+        samples = rng.standard_normal(seconds * SAMPLE_RATE_HZ, dtype=np.float32)
         write_audio(path, QUIET * samples)
     return replace(row, audio=str(path), events=(), answer="", metadata={})
 

@@ -32,7 +32,7 @@ def rows(source: Path, audio_dir: Path, task: str = "chat") -> Iterator[Row | Sk
     text = source.read_text(encoding="utf-8")
     records: Any = (
         json.loads(text) if text.lstrip().startswith("[")
-        else [json.loads(line) for line in text.splitlines() if line.strip()]
+        else [json.loads(line) for line in text.split("\n") if line.strip()]
     )  # fmt: skip
     for number, record in enumerate(records, start=1):
         yield _row(record, f"{source}:{number}", audio_dir, source.stem, task)
@@ -53,7 +53,10 @@ def _row(
         if isinstance(clip, Skipped):
             return Skipped(f"{identity}: {sound}", clip.reason)
         facts = {"sound": clip[0], "duration": clip[1], "task": record.get("task", task)}
-    row = parse_row({**record, "id": identity, **facts}, where=where)
+    try:
+        row = parse_row({**record, "id": identity, **facts}, where=where)
+    except ValueError as error:
+        return Skipped(identity, str(error).removeprefix(f"{where}: "))
     if not row.answer:
         return Skipped(identity, "no answer")
     answer = repair_packed(row.answer, row.duration_s) if row.duration_s else row.answer

@@ -82,10 +82,13 @@ def windows(turns: Sequence[Event], longest_s: float) -> Iterator[tuple[float, f
     start_s = end_s = turns[0].start_s
     for turn in turns:
         if turn.end_s - start_s > longest_s and end_s > start_s:
-            yield start_s, min(end_s, start_s + longest_s)
+            yield start_s, end_s
             start_s = max(end_s, turn.start_s)
         end_s = max(end_s, turn.end_s)
-    yield start_s, min(end_s, start_s + longest_s)
+        while end_s - start_s > longest_s:  # one turn is longer than a window
+            yield start_s, start_s + longest_s
+            start_s += longest_s
+    yield start_s, end_s
 
 
 def rows(
@@ -101,7 +104,10 @@ def rows(
         words = read_words(words_dir, meeting)
         for start_s, end_s in windows(turns, longest_s):
             end_s = min(end_s, clip[1])
-            name = f"{meeting}-{round(100 * start_s):07d}"
+            if start_s >= end_s:
+                yield Skipped(f"{meeting} {start_s:g} s", "behind the end of the recording")
+                continue
+            name = f"{meeting}-{round(100 * start_s):07d}-{round(100 * end_s):07d}"
             path = out_dir / f"{name}.flac"
             if not path.exists():
                 first, last = round(start_s * SAMPLE_RATE_HZ), round(end_s * SAMPLE_RATE_HZ)

@@ -75,7 +75,12 @@ def rows(source: Path, audio_dir: Path) -> Iterator[Row | Skipped]:
             if not czech or not english:
                 yield Skipped(f"{level}/{name}", "no text")
                 continue
-            audio, duration_s = stored_clip(audio_dir / level / f"{name}.flac", sound.read_bytes())
+            stored = audio_dir / level / f"{name}.flac"
+            try:
+                audio, duration_s = stored_clip(stored, sound.read_bytes())
+            except ValueError as error:
+                yield Skipped(f"{level}/{name}", f"audio cannot be used: {error}")
+                continue
             for task, question, answer in (
                 (Task.TRANSCRIPT, TRANSCRIBE, czech), (Task.TRANSLATION, TRANSLATE, english),
             ):  # fmt: skip

@@ -4,10 +4,11 @@ A training run can make a model comply with everything, or decline what is harml
 request has a harmless twin in nearly the same words. All are spoken by espeak-ng (synthesised), so
 they test what is heard, not what is typed.
 
-    python -m data_recipes.refusals --out refusals.jsonl [--pairs refusal_pairs.jsonl]
+    python -m data_recipes.refusals --out refusals.jsonl [--pairs refusal_pairs.jsonl --train 16]
 
-Rows: task `refusal` (should decline) and `chat` (should help). `--pairs` writes preference pairs of
-the same requests for DPO.
+Rows: task `refusal` (should decline) and `chat` (should help). `--pairs` writes preference pairs
+for DPO; with `--train N` those are of the first N requests and their twins, and the rows of the
+others, so that a model trained on the pairs can be judged by the rows.
 """
 
 from __future__ import annotations
@@ -167,12 +168,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Spoken requests to decline, and their twins")
     parser.add_argument("--out", type=Path, required=True, help="JSONL of rows to write")
     parser.add_argument("--pairs", type=Path, default=None, help="JSONL of preference pairs")
+    parser.add_argument("--train", type=int, metavar="N", help="requests of the pairs alone")
     args = parser.parse_args(argv)
-    made = rows(args.out.parent / "audio" / "refusals")
+    if args.train is not None and not (args.pairs and 0 < args.train < len(REQUESTS)):
+        parser.error(f"--train {args.train}: from 1 to {len(REQUESTS) - 1}, together with --pairs")
+    spoken = rows(args.out.parent / "audio" / "refusals")
+    trained = 2 * (args.train or 0)
+    made = spoken[trained:]
     write_rows(args.out, made)
     print(f"{len(made)} rows -> {args.out}")
     if args.pairs:
-        preferences = pairs(made)
+        preferences = pairs(spoken[:trained] or spoken)
         write_pairs(args.pairs, preferences)
         print(f"{len(preferences)} pairs -> {args.pairs}")
 

@@ -17,12 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from posttrain.data.audio import audio_duration_s, load_audio, write_audio
-from posttrain.data.rows import Event, Row
+from posttrain.data.rows import Event, Row, as_record
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
@@ -69,7 +68,7 @@ def write_stream(out: Path, items: Iterable[Row | Skipped], asked: str = "") -> 
                 continue
             rows += 1
             if rows > done:
-                file.write(json.dumps(_record(item, out.parent), ensure_ascii=False) + "\n")
+                file.write(json.dumps(as_record(item, out.parent), ensure_ascii=False) + "\n")
     if not rows:
         shown = "; ".join(f"{reason} ({n})" for reason, n in reasons.items()) or "nothing found"
         partial.unlink()
@@ -79,7 +78,7 @@ def write_stream(out: Path, items: Iterable[Row | Skipped], asked: str = "") -> 
     listing.unlink(missing_ok=True)
     if skipped:
         lines = (json.dumps(asdict(item), ensure_ascii=False) for item in skipped)
-        listing.write_text("".join(f"{line}\n" for line in lines))
+        listing.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(out)
     note.unlink()
     return Written(rows, dict(reasons))
@@ -94,15 +93,6 @@ def _whole_lines(partial: Path) -> int:
     if whole != content:
         partial.write_bytes(whole)
     return whole.count(b"\n")
-
-
-def _record(row: Row, folder: Path) -> dict[str, Any]:
-    record = asdict(row)
-    if row.audio and Path(row.audio).is_relative_to(folder):
-        record["audio"] = Path(row.audio).relative_to(folder).as_posix()
-    if not row.events and row.task.value in ("grounding", "dense", "points"):
-        del record["events"]  # nobody has labelled it
-    return record
 
 
 def find_audio(folder: Path, name: str) -> Path | None:
@@ -131,8 +121,10 @@ def stored_clip(path: Path, content: bytes) -> tuple[str, float]:
         raw = path.with_suffix(".encoded")
         raw.parent.mkdir(parents=True, exist_ok=True)
         raw.write_bytes(content)
-        write_audio(path, load_audio(raw))
-        raw.unlink()
+        try:
+            write_audio(path, load_audio(raw))
+        finally:
+            raw.unlink()
     return str(path.resolve()), audio_duration_s(path)
 
 
@@ -171,11 +163,13 @@ def within(events: Iterable[Event], duration_s: float, slack_s: float = 0.5) -> 
     """Events in order; ends a little behind the clip's are set to its end.
 
     Raises:
-        ValueError: an event lies outside by more than `slack_s`, or is reversed.
+        ValueError: an event lies outside by more than `slack_s`, starts behind the end, or is
+            reversed.
     """
     out = []
     for event in events:
-        if event.end_s < event.start_s or event.start_s < 0 or event.end_s > duration_s + slack_s:
+        in_order = 0 <= event.start_s <= min(event.end_s, duration_s)
+        if not in_order or event.end_s > duration_s + slack_s:
             raise ValueError(
                 f"event {event.label!r} {event.start_s:g}-{event.end_s:g} s in {duration_s:g} s"
             )

@@ -44,7 +44,8 @@ QUIET = 1e-4  # noise of -80 dB: what stands for silence, which decoders are rig
 REPORT_NAMES = {
     "truncated": "cut off at the token limit", "no thought": "thought missing or not closed",
     "no times": "thought cites no time", "wrong answer": "answer not right",
-    "untrue times": "cited times not true", "too long": "too many words",
+    "untrue times": "cited times not true", "no labels": "no labelled event to check times by",
+    "too long": "too many words",
     "repetitive": "repeats itself", "duplicate": "said before in the same row",
     "no judge": "nothing to judge the answer by: no reference, no labels, or an open question",
 }  # fmt: skip
@@ -63,6 +64,8 @@ class ChainSettings:
         num_chains: K, chains a row.
         min_answer: lowest score of the answer, 0 to 1 (IoU for times, 1 - error rate for text).
         min_true: lowest share of cited times that must be true.
+        require_labels: reject chains of rows without labelled events; otherwise they are kept with
+            no score of their times.
         max_words: of the thought.
         max_repetition: highest share of 4-grams said before.
         blind_samples: answers a row without audio; 0 leaves that check out.
@@ -73,6 +76,7 @@ class ChainSettings:
     num_chains: int = 8
     min_answer: float = 0.5
     min_true: float = 0.75
+    require_labels: bool = True
     max_words: int = 1_000
     max_repetition: float = 0.5
     blind_samples: int = 4
@@ -93,7 +97,7 @@ class Judged:
     @property
     def value(self) -> tuple[float, float]:
         """Order among kept chains: a better answer first, then truer times."""
-        return self.scores["answer"], self.scores["true"]
+        return self.scores["answer"], self.scores.get("true", 0.0)
 
 
 def collect(rows: Sequence[Row], teacher: ChainTeacher, settings: ChainSettings, out: Path) -> None:
@@ -142,7 +146,8 @@ def asked_rows(
 ) -> Iterator[tuple[Row, list[Completion], list[Completion]]]:
     """Every row with what was said about it, and what was said without the audio."""
     for number, part in _chunks(rows, settings):
-        records = json.loads((out / "chunks" / f"{number:05d}.json").read_text())
+        path = out / "chunks" / f"{number:05d}.json"
+        records = json.loads(path.read_text(encoding="utf-8"))
         for row, record in zip(part, records, strict=True):
             if row.id != record["id"]:
                 raise ValueError(f"{out}/chunks: row {record['id']!r} instead of {row.id!r}")
@@ -226,16 +231,16 @@ def judge(row: Row, completion: Completion, settings: ChainSettings) -> Judged:
     answered = answer_score(row, completion)
     if answered is None:
         return Judged(text, {}, "no judge", repaired)
-    scores = {
-        "answer": answered,
-        "true": true / checked if checked else float(not any(e.label for e in row.events)),
-        "cited": float(len(spans)),
-    }
+    scores = {"answer": answered, "cited": float(len(spans))}
+    labelled = any(event.label for event in row.events)
+    if labelled:
+        scores["true"] = true / checked if checked else 0.0
     repetition = -(Repetition()(row, completion).value or 0.0)
     rules = (
         ("no times", not spans),
         ("wrong answer", scores["answer"] < settings.min_answer),
-        ("untrue times", scores["true"] < settings.min_true),
+        ("no labels", settings.require_labels and not labelled),
+        ("untrue times", labelled and scores["true"] < settings.min_true),
         ("too long", len(thought.split()) > settings.max_words),
         ("repetitive", repetition > settings.max_repetition),
     )
@@ -321,7 +326,7 @@ def _refuse_other(path: Path, rows: Sequence[Row], teacher: str, settings: Chain
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, json.dumps(asked, indent=1))
         return
-    kept = json.loads(path.read_text())
+    kept = json.loads(path.read_text(encoding="utf-8"))
     for key, value in asked.items():
         if kept.get(key) != value:
             shown = "other rows" if key == "rows" else f"{key}={kept.get(key)}, now {value}"
@@ -346,7 +351,7 @@ def _completion(record: dict[str, str]) -> Completion:
 
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text + "\n")
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

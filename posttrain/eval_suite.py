@@ -102,7 +102,8 @@ def evaluate_suite(
     _write_lines(out / "failed.jsonl", failed)
     scores = _scores(name, recipe, rows, scored, failed, asked, judge)
     partial = out / ".scores.json.partial"
-    partial.write_text(json.dumps(finite(scores), indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(finite(scores), indent=1, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, out / "scores.json")
     return scores
 
@@ -250,7 +251,7 @@ DECISIVE = ("suite", "model", "weights", "rows_sha256", "sampling", "engine", "d
 def _refuse_other(path: Path, asked: Mapping[str, Any]) -> None:
     """A folder holds one evaluation; a second start of the same one continues it."""
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         for key in DECISIVE:
             if before[key] != asked[key]:
                 raise ValueError(
@@ -259,13 +260,14 @@ def _refuse_other(path: Path, asked: Mapping[str, Any]) -> None:
                 )
         return
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in records))
+    text = "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in records)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -30,6 +30,10 @@ def validate(recipe: Recipe, known_rewards: tuple[str, ...]) -> None:
     _rule(r.model.path, "model.path=''", "give a checkpoint folder or a Hub id")
     _rule(r.data.train or r.kind == "ladder", "data.train={}",
           "name at least one source with a path")
+    for part in ("train", "held_out", "reported", "replay", "held_out_pairs"):
+        for name, source in getattr(r.data, part).items():
+            _rule(source.max_rows is None or source.max_rows >= 1,
+                  f"data.{part}.{name}.max_rows={source.max_rows}", "at least 1, or null for all")
     for name in sorted(r.data.held_out.keys() & r.data.reported.keys()):
         raise ValueError(f"data.reported.{name}: data.held_out has this name too; rename one")
     if r.rewards or (r.kind == "grpo" and r.teacher.path is None):
@@ -185,8 +189,13 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("chains.temperature", 0.01, 10),
     ("chains.max_tokens", 1, 1e6),
     ("chains.blind_samples", 0, 1e4),
+    ("chains.blind_share", 0.001, 1),
+    ("chains.min_answer", 0, 1),
+    ("chains.min_true", 0, 1),
+    ("chains.max_repetition", 0, 1),
     ("chains.chunk_rows", 1, 1e6),
-    ("dpo.beta", 0, 1e6),
+    ("chains.parallel_requests", 1, 1e4),
+    ("dpo.beta", 1e-6, 1e6),
     ("dpo.sft_weight", 0, 1e6),
     ("training.rows_per_clip", 1, 1e6),
     ("training.per_device_train_batch_size", 1, 1e6),
@@ -214,6 +223,7 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("rollout.max_restarts", 0, 1e9),
     ("scoring.timeout_s", 0.01, 1e9),
     ("scoring.num_threads", 1, 1_000),
+    ("evaluation.num_rows", 1, 1e9),
     ("evaluation.bootstrap_samples", 100, 1e9),
 )
 

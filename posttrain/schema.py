@@ -197,6 +197,8 @@ class ChainsConfig:
     """Lowest score of the answer, 0 to 1: IoU for times, 1 - error rate for text."""
     min_true: float = 0.75
     """Lowest share of cited times that must be true."""
+    require_labels: bool = True
+    """Reject chains of rows without labelled events, whose times nothing can check."""
     max_words: int = 1_000
     max_repetition: float = 0.5
     """Highest share of 4-grams said before."""
@@ -205,7 +207,10 @@ class ChainsConfig:
     blind_share: float = 0.5
     """Rows are dropped where so many of those are right."""
     chunk_rows: int = 32
-    """Rows that are asked, and written, together."""
+    """Rows that are asked, and written, together: at least rollout.num_workers x max_num_seqs /
+    num_chains, or workers wait."""
+    parallel_requests: int = 8
+    """Requests to the endpoint at once."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,19 @@ def answer_long_prompts(checkpoint: str, folder: Path) -> tuple[list[int], int]:
         parity._requests((60.0,) * 8, folder, seed=0), SamplingSettings(1.0, 8, 4)
     )
     return [len(group.completions) for group in groups], len(calls)
+
+
+def plain_sum(model: Any, nano: str, audio: str, prompt: Any, text: str) -> tuple[float, int]:
+    """(log-probability of the answer, its tokens) by transformers alone."""
+    processor = load_processor(nano)
+    inputs = encode(processor, prompt, load_audio(audio))
+    answer = processor.tokenizer(f"{text}<|im_end|>", add_special_tokens=False, return_tensors="pt")
+    ids = answer["input_ids"]
+    start = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    with torch.no_grad():
+        logprobs = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
+    return float(logprobs.gather(1, ids[0].unsqueeze(1)).sum()), ids.shape[1]
 
 
 class BytesThroughRay:

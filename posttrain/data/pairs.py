@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.rows import Message, Row, parse_row, read_records
+from posttrain.data.rows import Message, Row, as_record, parse_row, read_records, stored_path
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,12 @@ def _parse(record: Mapping[str, Any], where: str, base_dir: Path) -> Pair:
         raise ValueError(f"{where}: {type(record).__name__} instead of a JSON object")
     chosen, rejected = (_answer(record.get(key), key, where) for key in ("chosen", "rejected"))
     rest = {key: value for key, value in record.items() if key not in OWN_KEYS}
-    row = replace(parse_row(rest, where=where, base_dir=base_dir), answer=chosen)
+    # a choice needs an answer; an earlier turn of `messages` is none
+    row = parse_row({"answer": chosen} | rest, where=where, base_dir=base_dir)
+    row = replace(row, answer=chosen)
     other = record.get("rejected_audio")
+    if not isinstance(other, str | None):
+        raise ValueError(f"{where}: rejected_audio is {other!r}; give a path")
     if other is not None and not Path(other).is_absolute():
         other = str(base_dir / other)
     if other in (None, row.audio) and chosen == rejected:
@@ -104,13 +108,10 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     with partial.open("w", encoding="utf-8") as out:
         for pair in pairs:
-            record = asdict(pair.row)
+            record = as_record(pair.row, path.parent)
             record |= {"chosen": record.pop("answer"), "rejected": pair.rejected}
+            record |= {"rejected_audio": stored_path(pair.rejected_audio, path.parent)}
             record |= {"kind": pair.kind, "weight": pair.weight}
-            for key, value in (("audio", pair.row.audio), ("rejected_audio", pair.rejected_audio)):
-                if value and Path(value).is_relative_to(path.parent):
-                    value = Path(value).relative_to(path.parent).as_posix()
-                record[key] = value
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
     partial.replace(path)
 

@@ -9,7 +9,8 @@ A JSONL file holds one row a line. Example::
      "source": "timelines", "licence": "CC-BY-SA-3.0"}
 
 NVIDIA's `sound` / `conversations` JSON and TRL's conversational rows with an `audio` column are
-accepted as they are. Relative audio paths are taken from the file's own folder.
+accepted as they are: a row without `id` is named by its file and line, and `duration_s` is read
+from the clip where it is not given. Relative audio paths are taken from the file's own folder.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from posttrain.types import Task
 AUDIO_TASKS = frozenset(Task) - {Task.CHAT, Task.REFUSAL}
 TIMED_TASKS = (Task.GROUNDING, Task.POINTS, Task.DENSE)
 EVENT_SLACK_S = 0.05
+PLACEHOLDERS = ("<sound>", *(f"<sound-{i}>" for i in range(1, 17)))
 Message = Mapping[str, Any]
 
 
@@ -127,13 +129,29 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     with partial.open("w", encoding="utf-8") as out:
         for row in rows:
-            record = asdict(row)
-            if not row.events and row.task in TIMED_TASKS:
-                del record["events"]  # nobody has labelled it
-            if row.audio and Path(row.audio).is_relative_to(path.parent):
-                record["audio"] = Path(row.audio).relative_to(path.parent).as_posix()
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(json.dumps(as_record(row, path.parent), ensure_ascii=False) + "\n")
     partial.replace(path)
+
+
+def as_record(row: Row, folder: Path) -> dict[str, Any]:
+    """What a file in `folder` holds of a row; `read_rows` gives it back."""
+    record = asdict(row) | {"audio": stored_path(row.audio, folder)}
+    if not row.events and row.task in TIMED_TASKS:
+        del record["events"]  # nobody has labelled it
+    return record
+
+
+def stored_path(clip: str | None, folder: Path) -> str | None:
+    """A clip's path as a file in `folder` gives it: relative where the clip lies below it."""
+    if clip is None:
+        return None
+    for path, base in (
+        (Path(os.path.abspath(clip)), Path(os.path.abspath(folder))),
+        (Path(clip).resolve(), folder.resolve()),
+    ):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return os.path.abspath(clip)
 
 
 def parse_row(
@@ -152,14 +170,13 @@ def parse_row(
 
 
 def _from_nvidia(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    turns = record["conversations"]
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     messages = []
-    for turn in turns:
-        role = roles.get(turn.get("from"))
-        if role is None:
-            raise ValueError(f"{where}: conversations.from {turn.get('from')!r}; human or gpt")
-        messages.append({"role": role, "content": turn.get("value", "")})
+    for turn in _listed(record["conversations"], f"{where}: conversations"):
+        said_by = turn.get("from") if isinstance(turn, Mapping) else turn
+        if said_by not in roles:
+            raise ValueError(f"{where}: conversations.from {said_by!r}; human or gpt")
+        messages.append({"role": roles[said_by], "content": turn.get("value")})
     renamed = {"audio": record.get("sound"), "duration_s": record.get("duration")}
     rest = {k: v for k, v in record.items() if k not in ("conversations", "sound", "duration")}
     return rest | renamed | _split_last_answer(messages, where)
@@ -167,32 +184,44 @@ def _from_nvidia(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _from_trl_messages(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     rest = {k: v for k, v in record.items() if k != "messages"}
-    return rest | _split_last_answer(list(record["messages"]), where)
+    return rest | _split_last_answer(_listed(record["messages"], f"{where}: messages"), where)
 
 
-def _split_last_answer(messages: list[dict[str, Any]], where: str) -> dict[str, Any]:
-    answer = ""
-    if messages and messages[-1]["role"] == "assistant":
-        answer = _text_of(messages.pop()["content"])
+def _split_last_answer(turns: Sequence[Any], where: str) -> dict[str, Any]:
+    messages = [_message(turn, where) for turn in turns]
+    answered = messages and messages[-1]["role"] == "assistant"
+    answer = {"answer": messages.pop()["content"]} if answered else {}
     if not messages:
         raise ValueError(f"{where}: no user turn before the answer")
-    return {"prompt": messages, "answer": answer}
+    return {"prompt": messages} | answer
 
 
-def _text_of(content: Any) -> str:
-    """Text of a message, audio placeholders removed: the chat template writes those itself."""
-    if isinstance(content, list):
-        content = "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
-    text = str(content)
-    for token in ("<sound>", *(f"<sound-{i}>" for i in range(1, 17))):
-        text = text.replace(f"{token}\n", "").replace(token, "")
-    return text.strip()
+def _listed(turns: Any, where: str) -> list[Any]:
+    if not isinstance(turns, list | tuple):
+        raise ValueError(f"{where} is {turns!r}; a list of messages is needed")
+    return list(turns)
+
+
+def _message(turn: Any, where: str) -> dict[str, str]:
+    """Role and text; audio placeholders are removed, the chat template writes those itself."""
+    role = turn.get("role") if isinstance(turn, Mapping) else None
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        texts = [part.get("text", "") for part in content if part.get("type") == "text"]
+        content = "\n".join(map(str, texts))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"{where}: {turn!r} is no message; give `role`, and text as `content`")
+    for token in PLACEHOLDERS:
+        content = content.replace(f"{token}\n", "").replace(token, "")
+    return {"role": role, "content": content.strip()}
 
 
 KNOWN_KEYS = {f.name for f in fields(Row)}
 
 
 def _build(record: Mapping[str, Any], where: str, base_dir: Path | None) -> Row:
+    if "id" not in record and ":" in where:  # FILE:LINE
+        record = {**record, "id": Path(where).name}
     for key in ("id", "prompt"):
         if record.get(key) in (None, "", []):
             raise ValueError(f"{where}: `{key}` is missing")
@@ -202,13 +231,15 @@ def _build(record: Mapping[str, Any], where: str, base_dir: Path | None) -> Row:
     audio = _audio_path(record.get("audio"), where, base_dir)
     answer = record.get("answer", record.get("completion", record.get("solution", ""))) or ""
     if isinstance(answer, list):
-        answer = _text_of(answer[-1]["content"])
+        answer = _message(answer[-1], where)["content"]
+    if not isinstance(answer, str | int | float):
+        raise ValueError(f"{where}: answer is {answer!r}; give text")
     extra = {k: v for k, v in record.items() if k not in KNOWN_KEYS | {"completion", "solution"}}
     return Row(
         id=str(record["id"]),
-        prompt=tuple({"role": m["role"], "content": _text_of(m["content"])} for m in prompt),
+        prompt=tuple(_message(turn, where) for turn in _listed(prompt, f"{where}: prompt")),
         audio=audio,
-        duration_s=_number(record.get("duration_s"), f"{where}: duration_s"),
+        duration_s=_duration_s(record.get("duration_s"), audio, where),
         task=_task(record.get("task", "chat" if audio is None else None), where),
         events=parse_events(record.get("events") or (), where),
         query=record.get("query"),
@@ -239,6 +270,17 @@ def _audio_path(audio: Any, where: str, base_dir: Path | None) -> str | None:
     if base_dir is not None and not Path(audio).is_absolute():
         audio = str(base_dir / audio)
     return audio
+
+
+def _duration_s(value: Any, audio: str | None, where: str) -> float | None:
+    if value is None and audio is not None and Path(audio).is_file():
+        from posttrain.data.audio import audio_duration_s
+
+        try:
+            return audio_duration_s(audio)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return _number(value, f"{where}: duration_s")
 
 
 def _number(value: Any, where: str) -> float | None:
@@ -282,6 +324,8 @@ def _validate(row: Row, where: str, labelled: bool) -> None:
         raise ValueError(f"{where}: task {row.task.value!r} needs `audio`; give a path")
     if row.audio is not None and (row.duration_s is None or row.duration_s <= 0):
         raise ValueError(f"{where}: duration_s is {row.duration_s!r}; give the clip's seconds")
+    if token := next((token for token in PLACEHOLDERS if token in row.answer), None):
+        raise ValueError(f"{where}: {token} in the answer, where no clip can stand; remove it")
     for i, event in enumerate(row.events):
         at = f"{where}: events[{i}] {event.start_s:g}-{event.end_s:g} s"
         if event.end_s < event.start_s:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from posttrain.data.rows import Row
@@ -39,21 +41,28 @@ class Fertility:
 
 
 def fertility(tokenizer: Any, texts: Iterable[str]) -> Fertility:
-    """Counts over texts, each word encoded as it stands after a space.
+    """Counts over texts, each different word encoded once, as it stands after a space.
 
     Raises:
         ValueError: no words in the texts.
     """
-    num_texts = words = tokens = characters = in_bytes = split = 0
+    num_texts = tokens = characters = in_bytes = split = 0
+    times: Counter[str] = Counter()
     for text in texts:
         num_texts += 1
-        for word in unicodedata.normalize("NFC", text).split():
-            ids = tokenizer.encode(f" {word}", add_special_tokens=False)
-            words += 1
-            tokens += len(ids)
-            characters += len(word) + 1
-            split += len(ids) > 1
-            in_bytes += sum(REPLACEMENT in tokenizer.decode([token]) for token in ids)
+        times.update(unicodedata.normalize("NFC", text).split())
+
+    @cache
+    def partial(token: int) -> bool:
+        return REPLACEMENT in tokenizer.decode([token])
+
+    for word, count in times.items():
+        ids = tokenizer.encode(f" {word}", add_special_tokens=False)
+        tokens += count * len(ids)
+        characters += count * (len(word) + 1)
+        split += count * (len(ids) > 1)
+        in_bytes += count * sum(map(partial, ids))
+    words = times.total()
     if not words:
         raise ValueError("fertility: no words in the texts; give rows with an answer")
     return Fertility(

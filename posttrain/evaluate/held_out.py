@@ -86,11 +86,12 @@ def compare(
     """The `held_out` record of summary.json: paired over the same rows, by their task's metric.
 
     Rows of several tasks are compared by the metric that most of them have; the others are in the
-    means.
+    means. Where no row has one (`UNMEASURED` tasks) there is no difference.
     """
     if [s.row_id for s in before] != [s.row_id for s in after]:
         raise ValueError("held-out rows before and after differ; evaluate the same rows")
-    names = [score.metric for score in before]
+    measured = [score.metric for score in before if score.metric in score.metrics]
+    names = measured or [score.metric for score in before]
     metric = max(sorted(set(names)), key=names.count)
     pairs = [
         (a.metrics[metric], b.metrics[metric])

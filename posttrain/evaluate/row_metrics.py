@@ -12,7 +12,7 @@ import jiwer
 from posttrain.data.rows import Row
 from posttrain.data.thinking import split_thinking
 from posttrain.evaluate.refusal import refuses
-from posttrain.types import Completion, RewardStatus, Task
+from posttrain.types import Completion, Task
 from reward_models.choice import Choice
 from reward_models.grounding import TimestampGrounding
 from reward_models.text_normal import normalise_text
@@ -23,11 +23,12 @@ TASK_METRIC = {
     Task.TRANSCRIPT: "cer", Task.TRANSLATION: "chrf", Task.CHOICE: "accuracy",
     Task.REFUSAL: "refusal", Task.CHAT: "over_refusal",
 }  # fmt: skip
+UNMEASURED = (Task.COUNT, Task.ORDER, Task.POINTS)
 LOWER_IS_BETTER = frozenset({"cer", "wer", "over_refusal"})
 
 
 def main_metric(task: Task) -> str:
-    """The metric that rows of a task are compared by."""
+    """The metric that rows of a task are compared by (rows of `UNMEASURED` have a reward alone)."""
     return TASK_METRIC.get(task, "miou")
 
 
@@ -40,8 +41,7 @@ def row_metrics(row: Row, completion: Completion) -> dict[str, Contribution]:
         return {name: (value, 1.0) for name, value in chrf.items()}
     if row.task is Task.CHOICE:
         scored = Choice()(row, completion)
-        right = scored.value if scored.status is RewardStatus.SCORED else 0.0
-        return {"accuracy": (float(right or 0.0), 1.0)}
+        return {} if scored.value is None else {"accuracy": (scored.value, 1.0)}
     if row.task in (Task.REFUSAL, Task.CHAT):
         _, answer = split_thinking(completion.text)
         return {main_metric(row.task): (float(refuses(answer)), 1.0)}

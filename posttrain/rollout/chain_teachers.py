@@ -23,7 +23,6 @@ INSTRUCTION = (
     "give the final answer alone; cite times in the same form where the question asks for times."
 )
 NOT_HEARD = "Nothing is known about the recording: answer from the question alone."
-PARALLEL_REQUESTS = 8
 
 
 def _named(teacher: str, temperature: float, max_tokens: int) -> str:
@@ -68,9 +67,13 @@ class ReadingTeacher:
     Args:
         base_url: such as http://127.0.0.1:8000/v1.
         model: the name that the server knows it by.
+        parallel_requests: at once.
     """
 
-    def __init__(self, base_url: str, model: str, temperature: float, max_tokens: int) -> None:
+    def __init__(
+        self, base_url: str, model: str, temperature: float, max_tokens: int,
+        parallel_requests: int = 8,
+    ) -> None:  # fmt: skip
         from openai import OpenAI
 
         self.client = OpenAI(
@@ -78,22 +81,36 @@ class ReadingTeacher:
         )
         self.name = _named(f"{model} at {base_url}", temperature, max_tokens)
         self.model, self.temperature, self.max_tokens = model, temperature, max_tokens
+        self.parallel_requests = parallel_requests
 
     def chains(self, rows: Sequence[Row], num_chains: int, seed: int) -> list[list[Completion]]:
-        """Raises RuntimeError when the endpoint fails for good; nothing of the chunk is kept."""
+        """Nothing for a row that the server refuses.
+
+        Raises:
+            RuntimeError: the endpoint fails for good, or refuses every row, which is a setting's
+                fault and not theirs; nothing of these rows is kept.
+        """
         from openai import OpenAIError
 
         try:
-            with ThreadPoolExecutor(PARALLEL_REQUESTS) as threads:
-                return list(threads.map(lambda row: self._ask(row, num_chains, seed), rows))
+            with ThreadPoolExecutor(self.parallel_requests) as threads:
+                said = list(threads.map(lambda row: self._ask(row, num_chains, seed), rows))
         except OpenAIError as error:
             raise RuntimeError(
                 f"teacher {self.name}: {error}; correct chains.endpoint or chains.endpoint_model, "
                 "or start the server; what was collected so far is kept"
             ) from error
+        refused = [answer for answer in said if isinstance(answer, str)]
+        if len(refused) == len(rows):
+            raise RuntimeError(
+                f"teacher {self.name} refused all {len(rows)} rows, {rows[0].id!r} with: "
+                f"{refused[0]}; correct chains.* (max_tokens may not fit the server's context), or "
+                "drop the rows; what was collected so far is kept"
+            )
+        return [[] if isinstance(answer, str) else answer for answer in said]
 
-    def _ask(self, row: Row, num_chains: int, seed: int) -> list[Completion]:
-        """Nothing where the server refuses this very row."""
+    def _ask(self, row: Row, num_chains: int, seed: int) -> list[Completion] | str:
+        """Completions, or what the server says where it refuses this very row."""
         messages: Any = [
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": shown_to_reader(row)},
@@ -107,7 +124,7 @@ class ReadingTeacher:
             )  # fmt: skip
         except BadRequestError as error:  # this row, such as a timeline too long for the model
             log.warning("row %r: refused by %s: %s", row.id, self.name, error)
-            return []
+            return str(error)
         return [
             Completion((), (), c.message.content or "", c.finish_reason or "stop", 0)
             for c in answer.choices

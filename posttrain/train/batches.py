@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,19 +112,21 @@ def training_rows(recipe: Recipe, *, check: bool = True) -> tuple[list[Row], dic
     _check_lengths(rows, recipe)
     trained = {row.id for row in rows}
     for name, evaluated in held_out.items():
-        where = "held_out" if name in recipe.data.held_out else "reported"
         if leaked := [row.id for row in evaluated if row.id in trained]:
-            raise ValueError(f"data.{where}.{name}: row {leaked[0]!r} is in data.train too")
+            where = f"data.{_section(name, recipe)}.{name}"
+            raise ValueError(f"{where}: row {leaked[0]!r} is in data.train too")
     return rows, held_out
 
 
 def question_rows(recipe: Recipe) -> list[Row]:
-    """Rows of data.train alone, for a teacher to answer; clips and lengths are checked."""
-    rows = [row for source in recipe.data.train.values() for row in _read(source)]
-    _check_distinct(rows)
-    check_clips(rows)
-    _check_lengths(rows, recipe)
-    return rows
+    """Rows of data.train alone, for a teacher to answer.
+
+    Raises:
+        ValueError, FileNotFoundError: as `training_rows`, replayed and evaluated rows included.
+    """
+    rows, _ = training_rows(recipe)
+    asked = sum(len(_read(source)) for source in recipe.data.train.values())
+    return rows[:asked]  # what is replayed comes last
 
 
 def replayed_rows(recipe: Recipe, num_target: int) -> list[Row]:
@@ -150,8 +154,8 @@ def training_pairs(
         check: every clip and length as well; False where another process has done it.
 
     Raises:
-        ValueError, FileNotFoundError: as `read_pairs`; a clip that is missing; a held-out pair that
-            is trained on.
+        ValueError, FileNotFoundError: as `read_pairs`; a clip that is missing; a held-out pair, or
+            an evaluated row, that is trained on.
     """
     pairs = [pair for source in recipe.data.train.values() for pair in _read_pairs(source)]
     held_out = {n: _read_pairs(source) for n, source in recipe.data.held_out_pairs.items()}
@@ -165,6 +169,13 @@ def training_pairs(
     for name, part in held_out.items():
         if leaked := [pair.id for pair in part if pair.id in trained]:
             raise ValueError(f"data.held_out_pairs.{name}: pair {leaked[0]!r} is in data.train too")
+    asked = {_question(pair.row) for pair in pairs}
+    for name, evaluated in held_out_rows(recipe).items():
+        if same := [row.id for row in evaluated if _question(row) in asked]:
+            raise ValueError(
+                f"data.{_section(name, recipe)}.{name}: row {same[0]!r} asks what a pair of "
+                "data.train asks of the same clip; make the pairs from other rows"
+            )
     known = {row.audio for row in rows}
     for pair in everything:
         other = pair.rejected_audio
@@ -192,21 +203,33 @@ def provenance_of(rows: Sequence[Row]) -> str:
     return "synthesised" if any("synthesised" in row.source for row in rows) else "recorded"
 
 
+def _question(row: Row) -> tuple[str | None, str]:
+    return row.audio, json.dumps([dict(message) for message in row.prompt], sort_keys=True)
+
+
+def _section(name: str, recipe: Recipe) -> str:
+    """Where an evaluated source is named."""
+    return "held_out" if name in recipe.data.held_out else "reported"
+
+
 def _check_distinct(rows: Sequence[Row]) -> None:
-    ids = [row.id for row in rows]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
+    counts = Counter(row.id for row in rows)
+    if len(counts) < len(rows):
+        [(twice, _)] = counts.most_common(1)
         raise ValueError(f"data.train: id {twice!r} stands in two sources; rename one")
 
 
 def check_clips(rows: Sequence[Row]) -> None:
     """Every clip is there and as long as its row says, before anything heavy starts."""
+    lengths_s: dict[str, float] = {}
     for row in rows:
         if row.audio is None:
             continue
-        if not Path(row.audio).is_file():
-            raise FileNotFoundError(f"row {row.id!r}: audio {row.audio}: no such file")
-        duration_s = audio_duration_s(row.audio)
+        if row.audio not in lengths_s:
+            if not Path(row.audio).is_file():
+                raise FileNotFoundError(f"row {row.id!r}: audio {row.audio}: no such file")
+            lengths_s[row.audio] = audio_duration_s(row.audio)
+        duration_s = lengths_s[row.audio]
         if abs(duration_s - (row.duration_s or 0.0)) > DURATION_SLACK_S:
             raise ValueError(
                 f"row {row.id!r}: audio {row.audio} lasts {duration_s:.2f} s, duration_s says "

@@ -21,7 +21,7 @@ from posttrain.schema import DataSource, Recipe
 from posttrain.train.batches import held_out_rows, question_rows
 from posttrain.train.resources import ray_session, serving
 from posttrain.train.run_folder import RunFolder
-from posttrain.train.supervised import SupervisedRun, check_data
+from posttrain.train.supervised import SupervisedRun, check_data, check_devices
 
 
 def train(recipe: Recipe) -> Path:
@@ -34,11 +34,14 @@ def train(recipe: Recipe) -> Path:
     if recipe.chains.teacher is not None:
         check_architecture(recipe.chains.teacher)
     questions = question_rows(recipe)
-    rows = held_out_rows(recipe)
+    rows = held_out_rows(recipe, check=False)
     run = RunFolder(recipe)
     out = run.path.resolve() / "chains"
     with ray_session(recipe):
+        check_devices(recipe)
         report = gather_chains(recipe, questions, out)
+        if not report["kept"]:
+            raise ValueError(f"no chain kept of {len(questions)} rows; {out}/report.md says why")
         learned = sft_recipe(recipe, out / "rows.jsonl")
         trained, facts = check_data(learned)
         facts |= {"kind": recipe.kind, "chains": report}
@@ -51,8 +54,9 @@ def gather_chains(recipe: Recipe, rows: list[Row], out: Path) -> dict[str, Any]:
     settings, chains = chain_settings(recipe), recipe.chains
     if chains.endpoint is not None:
         reader = ReadingTeacher(
-            chains.endpoint, str(chains.endpoint_model), chains.temperature, chains.max_tokens
-        )
+            chains.endpoint, str(chains.endpoint_model), chains.temperature, chains.max_tokens,
+            chains.parallel_requests,
+        )  # fmt: skip
         collect(rows, reader, settings, out)
         return choose(rows, settings, out)
     checkpoint = str(chains.teacher or recipe.model.path)
@@ -69,8 +73,9 @@ def chain_settings(recipe: Recipe) -> ChainSettings:
     c = recipe.chains
     return ChainSettings(
         num_chains=c.num_chains, min_answer=c.min_answer, min_true=c.min_true,
-        max_words=c.max_words, max_repetition=c.max_repetition, blind_samples=c.blind_samples,
-        blind_share=c.blind_share, chunk_rows=c.chunk_rows, seed=recipe.seed,
+        require_labels=c.require_labels, max_words=c.max_words, max_repetition=c.max_repetition,
+        blind_samples=c.blind_samples, blind_share=c.blind_share, chunk_rows=c.chunk_rows,
+        seed=recipe.seed,
     )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.config import load_recipe
-from posttrain.recipe_rules import validate
+from posttrain.evaluate.row_metrics import UNMEASURED
+from posttrain.recipe_rules import TRAINING_KINDS, validate
 from posttrain.schema import Recipe
+from posttrain.train.batches import held_out_rows
 from posttrain.train.final_model import model_of
 from posttrain.train.kinds import run_recipe
 from posttrain.train.run_folder import RunFolder
@@ -36,6 +38,7 @@ def climb(recipe: Recipe) -> Path:
         GateFailed: a stage did not pass its gates; the next one does not start from it.
     """
     stages = stage_recipes(recipe, Path(recipe.output_dir))
+    _check_measurable(recipe)
     run = RunFolder(recipe)
     started = time.monotonic()
     model = recipe.model.path
@@ -87,8 +90,22 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
         one.data.held_out, one.data.reported = recipe.data.held_out, recipe.data.reported
         one.evaluation = recipe.evaluation
         validate(one, REWARD_NAMES)
+        if one.kind not in TRAINING_KINDS:
+            raise ValueError(
+                f"stages.{name}.recipe={stage.recipe}: kind={one.kind} trains no policy; a stage "
+                f"is one of {', '.join(TRAINING_KINDS)}"
+            )
         stages[name] = one
     return stages
+
+
+def _check_measurable(recipe: Recipe) -> None:
+    rows = [row for part in held_out_rows(recipe).values() for row in part]
+    if all(row.task in UNMEASURED for row in rows):
+        raise ValueError(
+            f"data.held_out: {len(rows)} rows of tasks without a metric "
+            f"({', '.join(UNMEASURED)}); a ladder needs others to score its stages on"
+        )
 
 
 def answers_alike(stage: Recipe, previous: Recipe) -> bool:

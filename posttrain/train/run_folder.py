@@ -34,7 +34,8 @@ class RunFolder:
     """Opens or continues `output_dir/run_name`.
 
     A finished run is never overwritten (NAME-2, NAME-3, ...); an unfinished one is continued under
-    `resume: auto`. Files are appended to; lines of steps after the checkpoint are dropped first.
+    `resume: auto`. Files are appended to; lines of steps after the checkpoint are dropped first,
+    all of them where there is none: the recipe may have changed.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -51,7 +52,7 @@ class RunFolder:
         done = self.steps_done
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            _keep_lines_until(self.path / name, done)
+            _keep_lines_until(self.path / name, done if self.checkpoint else -1)
         if recipe.evaluation.before and self.load_json(BEFORE) is None:
             known = json.loads(Path(recipe.evaluation.before).read_text())
             self.save_json(BEFORE, known | {"step": 0})
@@ -76,7 +77,7 @@ class RunFolder:
         self, rows: Sequence[Row], groups: Sequence[Group],
         results: Sequence[Sequence[RewardResult]], step: int,
     ) -> None:  # fmt: skip
-        with (self.path / "rollouts.jsonl").open("a") as out:
+        with (self.path / "rollouts.jsonl").open("a", encoding="utf-8") as out:
             for row, group, scores in zip(rows, groups, results, strict=True):
                 for index, (completion, score) in enumerate(
                     zip(group.completions, scores, strict=True)
@@ -181,7 +182,7 @@ def _keep_lines_until(path: Path, step: int) -> None:
         except json.JSONDecodeError:
             log.warning("%s: dropped a line cut off by an interruption", path)
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -54,9 +54,10 @@ def train(recipe: Recipe) -> Path:
     """
     check_architecture(recipe.model.path)
     trained, facts = check_data(recipe)
-    rows = held_out_rows(recipe)
+    rows = held_out_rows(recipe, check=False)
     run = RunFolder(recipe)
     with ray_session(recipe):
+        check_devices(recipe)
         SupervisedRun(recipe, run, trained, rows).all_phases(facts)
     return run.path
 
@@ -76,11 +77,6 @@ class SupervisedRun:
         self.started = time.monotonic()
         self.progress = Progress(recipe.run_name or recipe.kind)
         self.reward: Reward | None = None
-        devices = (
-            device_of(recipe.learner.device, "learner.device"),
-            device_of(recipe.rollout.device, "rollout.device"),
-        )
-        check_gpus(recipe, *devices, num_gpus(), in_turns=True)
         if recipe.rewards:
             check_rewards(recipe, trained)
             self.reward = recipe_rewards(recipe, trained, run.path)
@@ -167,18 +163,28 @@ class SupervisedRun:
         self.progress.table(summary)
 
 
+def check_devices(recipe: Recipe) -> None:
+    """Whether the cluster can run the recipe; asks Ray, since GPUs may be on other machines alone.
+
+    Raises:
+        ValueError: the key, its value and the fix.
+    """
+    learner = device_of(recipe.learner.device, "learner.device")
+    rollout = device_of(recipe.rollout.device, "rollout.device")
+    if learner == "cpu" and recipe.model.dtype == "bfloat16":
+        raise ValueError(
+            "model.dtype=bfloat16 with learner.device=cpu: transformers' Trainer refuses it; use "
+            "float32"
+        )
+    check_gpus(recipe, learner, rollout, num_gpus(), in_turns=True)
+
+
 def check_data(recipe: Recipe) -> tuple[list[Row], dict[str, Any]]:
     """Reads and checks everything before anything heavy starts; returns trained rows and counts.
 
     Raises:
         ValueError, FileNotFoundError: the file, the row and the fix.
     """
-    device = device_of(recipe.learner.device, "learner.device")
-    if device == "cpu" and recipe.model.dtype == "bfloat16":
-        raise ValueError(
-            "model.dtype=bfloat16 with learner.device=cpu: transformers' Trainer refuses it; use "
-            "float32"
-        )
     if recipe.kind == "dpo":
         return _check_pairs(recipe)
     rows, _ = training_rows(recipe)

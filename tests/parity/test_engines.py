@@ -147,6 +147,10 @@ def test_a_reading_teacher_is_asked_behind_the_endpoint(
     stranger = ReadingTeacher(f"{server}/v1", "stranger", temperature=1.0, max_tokens=24)
     with pytest.raises(RuntimeError, match=r"teacher stranger at http.*chains.endpoint_model"):
         stranger.chains(rows[:1], 1, seed=0)
+    too_long = ReadingTeacher(f"{server}/v1", "nano", temperature=1.0, max_tokens=4_096)
+    with pytest.raises(RuntimeError, match=r"refused all 2 rows, .*4096.*correct chains"):
+        collect(rows, too_long, settings, tmp_path / "too long")
+    assert not list((tmp_path / "too long" / "chunks").iterdir()), "no refusal is kept as data"
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, limit_s: float = 300) -> None:

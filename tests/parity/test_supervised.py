@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from probes import plain_sum
 from safetensors.torch import load_file
 
 from data_recipes.timestamp_pairs import make_pairs
 from posttrain.config import load_recipe
 from posttrain.data.pairs import write_pairs
 from posttrain.data.rows import read_rows
+from posttrain.model.load import load_model
 from posttrain.train.supervised import train
 
 pytestmark = pytest.mark.slow
@@ -79,6 +82,37 @@ def test_a_supervised_step_is_the_same_however_it_is_cut(
         norms = steps(metrics, "train/grad_norm")
         assert norms == pytest.approx(steps(expected, "train/grad_norm"), rel=1e-3), name
         assert difference <= 0.02, name
+
+
+def test_the_reference_of_an_adapter_is_the_starting_model(
+    recipe_file: Path, nano: str, timelines: Path, tmp_path: Path
+) -> None:
+    """Held-out margins after two steps, against transformers with and without the adapter."""
+    rows = [r for r in read_rows(timelines / "test.jsonl") if r.task.value != "absent"]
+    held_out = make_pairs(rows)[:6]
+    write_pairs(tmp_path / "pairs.jsonl", make_pairs(read_rows(timelines / "train.jsonl"))[:24])
+    write_pairs(tmp_path / "held_out.jsonl", held_out)
+    metrics, _ = finish(
+        recipe_file, *SFT, "kind=dpo", f"data.train.main.path={tmp_path / 'pairs.jsonl'}",
+        f"data.held_out_pairs.main.path={tmp_path / 'held_out.jsonl'}", "training.eval_steps=2",
+        "dpo.beta=0.2", "lora.enabled=true", "lora.r=4", "lora.dropout=0.2", "run_name=adapter",
+    )  # fmt: skip
+    (adapter,) = (tmp_path / "runs" / "adapter" / "checkpoints").glob("step-*/adapter")
+    start = load_model(nano).eval()
+    end = PeftModel.from_pretrained(load_model(nano), adapter).eval()
+    margins = []
+    for pair in held_out:
+        other = pair.rejected_audio or pair.row.audio
+        chosen, rejected = (
+            plain_sum(end, nano, audio, pair.row.prompt, text)[0]
+            - plain_sum(start, nano, audio, pair.row.prompt, text)[0]
+            for audio, text in ((pair.row.audio, pair.row.answer), (other, pair.rejected))
+        )
+        margins.append(0.2 * (chosen - rejected))
+    before, after = steps(metrics, "held_out/main_rewards/margins")
+    print(f"margins {before:.4f} -> {after:.4f}, by transformers {sum(margins) / len(margins):.4f}")
+    assert before == pytest.approx(0.0, abs=1e-6) and abs(after) > 1e-2
+    assert after == pytest.approx(sum(margins) / len(margins), abs=1e-4)
 
 
 def test_four_steps_equal_two_resumed_for_two(

@@ -78,6 +78,14 @@ def test_bad_values_are_refused(override: str, part: str) -> None:
         load_recipe(FULL, [override])
 
 
+def test_sources_of_no_rows_are_refused() -> None:
+    recipe = ROOT / "recipes/nano/sft.yaml"
+    with pytest.raises(ValueError, match=r"data.held_out.main.max_rows=0: at least 1"):
+        load_recipe(recipe, ["data.held_out.main.max_rows=0"])
+    with pytest.raises(ValueError, match=r"evaluation.num_rows=0: must be from 1"):
+        load_recipe(recipe, ["evaluation.num_rows=0"])
+
+
 def test_circular_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

@@ -160,6 +160,13 @@ def test_ami_cuts_at_pauses_and_times_its_words(tmp_path: Path) -> None:
         ami.read_rttm(rttm)
 
 
+def test_ami_windows_lose_no_speech() -> None:
+    turns = [Event(0.0, 2.0), Event(3.0, 33.0), Event(34.0, 36.0), Event(35.0, 47.0)]
+    assert list(ami.windows(turns, 12.0)) == [
+        (0.0, 2.0), (3.0, 15.0), (15.0, 27.0), (27.0, 36.0), (36.0, 47.0),
+    ]  # fmt: skip
+
+
 def parquet(folder: Path, config: str, records: list[dict]) -> None:
     (folder / config).mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records).to_parquet(folder / config / "test-00000-of-00001.parquet")
@@ -257,6 +264,11 @@ def test_refusals_come_in_twins(tmp_path: Path) -> None:
     pairs = read_pairs(tmp_path / "p.jsonl")
     over = [p for p in pairs if p.kind == "over_refusal"]
     assert len(pairs) == len(rows) and all(p.rejected == refusals.DECLINE for p in over)
+    files = ["--out", str(tmp_path / "r.jsonl"), "--pairs", str(tmp_path / "p.jsonl")]
+    refusals.main([*files, "--train", "24"])
+    judged, trained = read_rows(tmp_path / "r.jsonl"), read_pairs(tmp_path / "p.jsonl")
+    assert (len(judged), len(trained)) == (16, 48)
+    assert not {row.audio for row in judged} & {pair.row.audio for pair in trained}
 
 
 def row(number: int) -> Row:
@@ -293,5 +305,8 @@ def test_an_interrupted_stream_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
 
 def test_events_are_within_the_clip() -> None:
     assert within([Event(1.0, 5.3, "a")], 5.0) == (Event(1.0, 5.0, "a"),)
+    for strange in (Event(5.1, 5.3, "a"), Event(3.0, 2.0, "a"), Event(-0.1, 2.0, "a")):
+        with pytest.raises(ValueError, match="event 'a'"):
+            within([strange], 5.0)
     with pytest.raises(ValueError, match="'a' 1-9 s in 5 s"):
         within([Event(1.0, 9.0, "a")], 5.0)

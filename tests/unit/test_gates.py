@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_fertility_counts_tokens_words_and_bytes(nano: str) -> None:
     assert russian.tokens_a_word > 6 and russian.byte_share > 0.8 and russian.split_words == 1.0
     with pytest.raises(ValueError, match="no words"):
         fertility(tokenizer, [" "])
+
+
+def test_rows_without_a_right_answer_have_no_score() -> None:
+    ask = ({"role": "user", "content": "Which? (A) may (B) six"},)
+    strange = Row("c", ask, "c.wav", 2.5, Task.CHOICE, answer="seven", choices=("may", "six"))
+    assert row_metrics(strange, answer("(A) may")) == {}
+    assert row_metrics(replace(strange, answer="A"), answer("(A) may")) == {"accuracy": (1.0, 1.0)}
+
+
+def test_rows_are_compared_by_a_metric_that_some_have() -> None:
+    def scores(value: float) -> list[RowScore]:
+        counted = [RowScore(f"n{i}", "miou", {}, None, "", False) for i in range(3)]
+        return [*counted, RowScore("c", "accuracy", {"accuracy": (value, 1.0)}, None, "", False)]
+
+    found = compare(scores(0.0), scores(1.0), 100)
+    assert (found["metric"], found["n"], found["paired_diff"]["mean"]) == ("accuracy", 1, 1.0)
 
 
 def test_replayed_rows_make_their_share(recipe_file: Path, timelines: Path, tmp_path: Path) -> None:

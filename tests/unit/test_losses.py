@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from posttrain.algorithm.advantages import decoupled_advantages, group_advantages
+from posttrain.algorithm.distillation import reverse_kl_advantages
 from posttrain.algorithm.importance import engine_importance_ratio
 from posttrain.algorithm.kl import k3_kl
 from posttrain.algorithm.losses import loss_denominator, policy_loss
@@ -22,6 +23,13 @@ def loss_of(ratio: float, advantage: float, **options: object) -> float:
         torch.ones(1, 1), denominator=1.0, **options,
     )  # fmt: skip
     return float(loss)
+
+
+def test_advantages_of_a_teacher_by_hand() -> None:
+    """A token that the teacher likes better than the student does is pushed up."""
+    student = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    advantages = reverse_kl_advantages(student, torch.tensor([[-0.5, -3.0]]), 0.5)
+    assert advantages.tolist() == [[0.25, -0.5]] and not advantages.requires_grad
 
 
 def test_clipping_by_hand() -> None:

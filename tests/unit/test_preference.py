@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from probes import PlainAudio
+from probes import PlainAudio, plain_sum
 from trl import DPOTrainer
 
 from data_recipes.timestamp_pairs import make_pairs, pack_minutes
 from posttrain.algorithm.preference import preference_loss, ranked_wrong
 from posttrain.data.pairs import Pair, read_pairs, write_pairs
 from posttrain.data.rows import Event, Row, read_rows
-from posttrain.model.load import load_model, load_processor
+from posttrain.model.load import load_model
 from posttrain.model.policy import Policy, group_logprobs
 from posttrain.schema import DpoConfig
 from posttrain.train.objectives import DpoObjective, bundled
@@ -173,22 +173,6 @@ def test_a_bundle_of_pairs_has_two_clips_at_most_and_no_pair_twice(pairs: list[P
     assert bundled([same, other, same, late], 16) == [(same, other), (same, late)]
 
 
-def plain_sum(model: Any, nano: str, audio: str, prompt: Any, text: str) -> tuple[float, int]:
-    """(log-probability of the answer, its tokens) by transformers alone."""
-    from posttrain.data.audio import load_audio
-    from posttrain.data.chat import encode
-
-    processor = load_processor(nano)
-    inputs = encode(processor, prompt, load_audio(audio))
-    answer = processor.tokenizer(f"{text}<|im_end|>", add_special_tokens=False, return_tensors="pt")
-    ids = answer["input_ids"]
-    start = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    with torch.no_grad():
-        logprobs = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
-    return float(logprobs.gather(1, ids[0].unsqueeze(1)).sum()), ids.shape[1]
-
-
 def test_pairs_survive_the_disk(pairs: list[Pair], tmp_path: Path) -> None:
     pairs = [Pair(pairs[0].row, pairs[0].rejected, None, "shifted", 1.5)]
     write_pairs(tmp_path / "pairs.jsonl", pairs)
@@ -203,9 +187,21 @@ def test_the_chosen_answer_counts_whatever_the_prompts_form(tmp_path: Path) -> N
     assert pair.row.answer == "yes" and pair.row.prompt == (talk[0],)
 
 
+def test_pairs_about_choices_and_unlabelled_clips_survive_too(
+    noise_clip: str, tmp_path: Path
+) -> None:
+    ask = ({"role": "user", "content": "Which? (A) may (B) six"},)
+    choice = Row("c", ask, noise_clip, 2.5, Task.CHOICE, answer="A", choices=("may", "six"))
+    unlabelled = Row("u", ask, noise_clip, 2.5, Task.GROUNDING, answer="<t>1.0-1.4</t>")
+    pairs = [Pair(choice, "B"), Pair(unlabelled, "<t>2.0-2.4</t>")]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rejected_audio": {"path": "x"}}, "rejected_audio is .*; give a path"),
         ({"rejected": ""}, "pairs.jsonl:1: `rejected` is ''"),
         ({"rejected": "yes"}, "the same text; drop the pair"),
         ({"weight": 0}, "weight is 0; a number above 0"),

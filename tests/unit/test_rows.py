@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def test_good_row_and_target_spans() -> None:
         ({"query": "nine"}, "absent"),
         ({"id": ""}, "`id` is missing"),
         ({"prompt": []}, "`prompt` is missing"),
+        ({"prompt": [{"content": "When?"}]}, "is no message; give `role`"),
+        ({"prompt": [{"role": "user", "content": None}]}, "is no message"),
+        ({"prompt": {"role": "user"}}, "a list of messages is needed"),
+        ({"messages": ["When?"], "prompt": None}, "`prompt` is missing"),
+        ({"conversations": ["When?"]}, "conversations.from 'When\\?'"),
+        ({"conversations": [{"from": "human", "value": None}]}, "is no message"),
+        ({"answer": {"text": "x"}}, "answer is .*; give text"),
+        ({"answer": "<sound> at 2 s"}, "<sound> in the answer"),
     ],
 )
 def test_bad_rows_name_the_place_and_the_fix(change: dict, part: str) -> None:
@@ -82,6 +91,28 @@ def test_trl_conversational_rows_are_accepted() -> None:
         }
     )  # fmt: skip
     assert row.prompt[0]["content"] == "Hi?" and row.answer == "Yes."
+
+
+def test_trl_rows_need_neither_id_nor_duration(noise_clip: str, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": talk, "audio": noise_clip}) + "\n")
+    (row,) = read_rows(path)
+    assert (row.id, row.duration_s, row.answer) == ("rows.jsonl:1", 2.5, "Yes.")
+
+
+def test_clips_below_the_file_are_relative_wherever_it_is_written_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = str(tmp_path / "audio/c.wav")
+    row = Row("a", ({"role": "user", "content": "q"},), clip, 2.0, Task.CHAT)
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("rows.jsonl"), tmp_path / "rows.jsonl"):
+        write_rows(path, [row])
+        assert json.loads(path.read_text())["audio"] == "audio/c.wav"
+        assert read_rows(path)[0].audio == row.audio
+    write_rows(tmp_path / "deeper" / "rows.jsonl", [replace(row, audio="audio/c.wav")])
+    assert read_rows(tmp_path / "deeper" / "rows.jsonl")[0].audio == row.audio
 
 
 def test_text_only_rows_are_fine_for_chat() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,30 @@ def test_known_answers_belong_to_the_rows_that_are_evaluated(timelines: Path) ->
             check_rows(record, {"main": other})
     with pytest.raises(ValueError, match="not to the rows of data: reported"):
         check_rows(record, {"main": rows, "reported": rows})
+
+
+def test_a_question_that_pairs_train_is_not_held_out(
+    recipe_file: Path, timelines: Path, tmp_path: Path
+) -> None:
+    row = read_rows(timelines / "train.jsonl")[0]
+    write_pairs(tmp_path / "pairs.jsonl", [Pair(replace(row, id="p/shifted"), " nothing")])
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "kind=dpo", f"data.train.main.path={tmp_path / 'pairs.jsonl'}",
+            f"data.held_out.main.path={timelines / 'train.jsonl'}",
+        ],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"data.held_out.main: row {row.id!r} asks what a pair"):
+        training_pairs(recipe)
+
+
+def test_nothing_of_a_run_without_a_checkpoint_is_kept(recipe_file: Path) -> None:
+    """Another model may have been asked before it was stopped."""
+    first = RunFolder(load_recipe(recipe_file))
+    first.log({"held_out/main_loss": 9.0}, 0)
+    again = RunFolder(load_recipe(recipe_file, ["algorithm.epsilon=0.3"]))
+    assert again.resumed and again.read_jsonl("metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("which", ["its own clip", "the rejected answer's clip"])

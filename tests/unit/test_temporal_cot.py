@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def said(text: str, finish: str = "stop") -> Completion:
 )  # fmt: skip
 def test_the_first_broken_rule_is_named(text: str, finish: str, reason: str) -> None:
     assert judge(row(), said(text, finish), SETTINGS).rejected == reason
+
+
+def test_times_that_nothing_can_check_are_not_called_true() -> None:
+    question = ({"role": "user", "content": "Which? (A) may (B) six"},)
+    choice = Row("c", question, "clip.flac", 70.0, Task.CHOICE, (), None, "A", ("may", "six"))
+    chain = said("<think> may <t>1.0-1.6</t></think> (A) may")
+    assert judge(choice, chain, SETTINGS).rejected == "no labels"
+    kept = judge(choice, chain, replace(SETTINGS, require_labels=False))
+    assert (kept.rejected, kept.scores) == ("", {"answer": 1.0, "cited": 1.0})
+    assert kept.value == (1.0, 0.0)
+    assert judge(row(), said(GOOD), SETTINGS).scores["true"] == 1.0
 
 
 def test_packed_minutes_are_repaired_before_judgement() -> None:

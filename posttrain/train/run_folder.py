@@ -145,7 +145,8 @@ FREE_TO_CHANGE = (
 
 def _refuse_changed_recipe(path: Path, recipe: Recipe) -> None:
     """A run goes on only with what it was started with, but for `FREE_TO_CHANGE`."""
-    before = _leaves(OmegaConf.to_container(OmegaConf.load(path)))
+    # an older posttrain did not write keys that are new: they had what is their default
+    before = _leaves(asdict(Recipe())) | _leaves(OmegaConf.to_container(OmegaConf.load(path)))
     now = _leaves(asdict(recipe))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -87,7 +87,7 @@ def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) 
     with pytest.raises(ValueError, match=r"algorithm.epsilon=0.2, now 0.3"):
         RunFolder(other)
     written = (first.path / "recipe.yaml").read_text()
-    (first.path / "recipe.yaml").write_text(written.replace("  epsilon_high: null\n", ""))
+    (first.path / "recipe.yaml").write_text(written.replace("  epsilon: 0.2\n", ""))
     assert RunFolder(recipe).resumed, "as a version without that key wrote it"
     RunFolder(load_recipe(recipe_file, ["training.learning_rate=1", "training.max_steps=9"]))
     again = RunFolder(recipe)

@@ -9,6 +9,7 @@ Full scale:  posttrain run recipes/temporal_cot_distill.yaml            (8 GPUs)
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def train(recipe: Recipe) -> Path:
     Raises:
         GateFailed: the run is done and a gate was not passed.
     """
+    started = time.monotonic()
     check_architecture(recipe.model.path)
     if recipe.chains.teacher is not None:
         check_architecture(recipe.chains.teacher)
@@ -45,7 +47,7 @@ def train(recipe: Recipe) -> Path:
         learned = sft_recipe(recipe, out / "rows.jsonl")
         trained, facts = check_data(learned)
         facts |= {"kind": recipe.kind, "chains": report}
-        SupervisedRun(learned, run, trained, rows).all_phases(facts)
+        SupervisedRun(learned, run, trained, rows, started).all_phases(facts)
     return run.path
 
 

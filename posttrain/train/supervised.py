@@ -68,13 +68,15 @@ class SupervisedRun:
     Args:
         trained: rows that are learned; rewards fit their blind prior on them.
         rows: evaluated rows by source.
+        started: on the monotonic clock, where work came before this; None: now.
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, trained: Sequence[Row], rows: dict[str, list[Row]]
-    ) -> None:
+        self, recipe: Recipe, run: RunFolder, trained: Sequence[Row], rows: dict[str, list[Row]],
+        started: float | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.run, self.rows = recipe, run, rows
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.progress = Progress(recipe.run_name or recipe.kind)
         self.reward: Reward | None = None
         if recipe.rewards:

@@ -100,7 +100,8 @@ def stage_recipes(recipe: Recipe, out: Path, model: str | None = None) -> dict[s
 
 
 def _check_measurable(recipe: Recipe) -> None:
-    rows = [row for part in held_out_rows(recipe).values() for row in part]
+    evaluated = held_out_rows(recipe)
+    rows = [row for name in recipe.data.held_out for row in evaluated[name]]
     if all(row.task in UNMEASURED for row in rows):
         raise ValueError(
             f"data.held_out: {len(rows)} rows of tasks without a metric "

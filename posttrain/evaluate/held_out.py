@@ -42,21 +42,43 @@ def greedy_scores(
     """Answers every row greedily; a truncated answer has metrics, but no reward."""
     requests = [PromptRequest(f"eval/{r.id}", r.id, r.prompt, r.audio, 0) for r in rows]
     groups = generate(requests, SamplingSettings(0.0, max_tokens))
-    answers = [(row, g.completions[0]) for row, g in zip(rows, groups, strict=True)]
-    rewards: list[float | None] = [None] * len(rows)
+    completions = [group.completions[0] for group in groups]
+    return _scores(rows, completions, reward, timeout_s)
+
+
+def rescored(
+    record: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], reward: Reward | None,
+    timeout_s: float = 60.0,
+) -> dict[str, Any]:  # fmt: skip
+    """The answers that another run kept of the same model, under this run's reward.
+
+    Args:
+        record: a run's `held_out/*.json`, checked by `check_rows`.
+    """
+    out: dict[str, Any] = {"step": record["step"]}
+    for name, part in rows.items():
+        completions = [
+            Completion((), (), score.text, "length" if score.truncated else "stop", 0)
+            for score in from_records(record[name])
+        ]
+        out[name] = to_records(_scores(part, completions, reward, timeout_s))
+    return out
+
+
+def _scores(
+    rows: Sequence[Row], completions: Sequence[Completion], reward: Reward | None, timeout_s: float
+) -> list[RowScore]:
+    answers = list(zip(rows, completions, strict=True))
+    rewards: list[float | None] = [None] * len(answers)
     if reward is not None:
         rewards = [result.value for result in score_all(reward, answers, timeout_s=timeout_s)]
     return [
-        _score(row, completion, value)
+        RowScore(
+            row.id, main_metric(row.task), row_metrics(row, completion), value,
+            completion.text, completion.truncated,
+        )
         for (row, completion), value in zip(answers, rewards, strict=True)
-    ]
-
-
-def _score(row: Row, completion: Completion, value: float | None) -> RowScore:
-    return RowScore(
-        row.id, main_metric(row.task), row_metrics(row, completion), value,
-        completion.text, completion.truncated,
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def means(scores: Sequence[RowScore]) -> dict[str, float]:

@@ -149,15 +149,13 @@ class GrpoLoop:
 
     def evaluate(self, when: str, done: int) -> None:
         """Greedy answers on the held-out rows; kept in the run folder, so resuming repeats none."""
-        kept = self.run.load_json(f"held_out/{when}.json")
-        if kept and kept["step"] == done:
-            return held_out.check_rows(kept, self.data.held_out)
-        if not self.data.held_out:
+        rows_of = self.data.held_out
+        if not rows_of or self.run.has_answers(when, done, rows_of, self.reward):
             return
         limit = self.recipe.sampling.max_completion_length
         generate = self.cluster.pool.generate
         record: dict[str, Any] = {"step": done}
-        for name, rows in self.data.held_out.items():
+        for name, rows in rows_of.items():
             timeout_s = self.recipe.scoring.timeout_s
             scores = held_out.greedy_scores(rows, self.reward, generate, limit, timeout_s)
             record[name] = held_out.to_records(scores)

@@ -5,7 +5,7 @@
     posttrain run recipes/nano/ladder.yaml
 
 Stages are ordinary runs in RUN/stages/NAME; finished ones are not run again. A stage starts from
-the model that the one before was scored with, so those answers are taken over.
+the model that the one before was scored with, so those answers are taken over, and get its rewards.
 """
 
 from __future__ import annotations
@@ -110,15 +110,10 @@ def _check_measurable(recipe: Recipe) -> None:
 
 
 def answers_alike(stage: Recipe, previous: Recipe) -> bool:
-    """Whether both stages ask and score a model in the same way, rewards included."""
+    """Whether both stages get the same answers from a model; rewards are given anew."""
 
     def settings(recipe: Recipe) -> tuple[object, ...]:
-        limit = recipe.sampling.max_completion_length
-        fits_prior = recipe.rewards and recipe.scoring.prior is None  # on the rows it trains on
-        return (
-            limit, recipe.rollout, recipe.model.dtype, recipe.rewards, recipe.scoring,
-            recipe.data.train if fits_prior else None,
-        )  # fmt: skip
+        return recipe.sampling.max_completion_length, recipe.rollout, recipe.model.dtype
 
     return settings(stage) == settings(previous)
 

@@ -20,14 +20,13 @@ from omegaconf import OmegaConf
 
 from posttrain.config import to_yaml
 from posttrain.data.rows import Row
+from posttrain.evaluate.held_out import check_rows, rescored
 from posttrain.schema import Recipe
 from posttrain.train.checkpoints import Checkpoints
 from posttrain.train.environment import environment
-from posttrain.types import Group, RewardResult
+from posttrain.types import Group, Reward, RewardResult
 
 log = logging.getLogger(__name__)
-
-BEFORE = "held_out/before.json"
 
 
 class RunFolder:
@@ -39,6 +38,9 @@ class RunFolder:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        known = recipe.evaluation.before
+        if known and not Path(known).is_file():
+            raise ValueError(f"evaluation.before={known}: no such file; null asks the model itself")
         self.path, self.resumed = _choose(recipe)
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self.path, recipe.training.save_total_limit)
@@ -53,14 +55,32 @@ class RunFolder:
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             _keep_lines_until(self.path / name, done if self.checkpoint else -1)
-        if recipe.evaluation.before and self.load_json(BEFORE) is None:
-            known = json.loads(Path(recipe.evaluation.before).read_text())
-            self.save_json(BEFORE, known | {"step": 0})
         self.sinks = _open_sinks(recipe, self.path)
 
     @property
     def steps_done(self) -> int:
         return self.checkpoint.step if self.checkpoint else 0
+
+    def has_answers(
+        self, when: str, step: int, rows: Mapping[str, Sequence[Row]], reward: Reward | None
+    ) -> bool:
+        """Whether `held_out/WHEN.json` is there, or could be taken over from `evaluation.before`.
+
+        Raises:
+            ValueError: its answers are to other rows.
+        """
+        name = f"held_out/{when}.json"
+        kept = self.load_json(name)
+        if kept and kept["step"] == step:
+            check_rows(kept, rows)
+            return True
+        known = self.recipe.evaluation.before
+        if when != "before" or not known:
+            return False
+        record = json.loads(Path(known).read_text()) | {"step": step}
+        check_rows(record, rows)
+        self.save_json(name, rescored(record, rows, reward, self.recipe.scoring.timeout_s))
+        return True
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends to metrics.jsonl, then to every reporter; a reporter's failure is a warning."""

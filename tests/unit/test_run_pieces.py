@@ -11,8 +11,9 @@ import pytest
 
 from posttrain.config import load_recipe
 from posttrain.data.pairs import Pair, write_pairs
-from posttrain.data.rows import read_rows
-from posttrain.evaluate.held_out import RowScore, check_rows, compare, to_records
+from posttrain.data.rows import Row, read_rows
+from posttrain.evaluate.held_out import RowScore, check_rows, compare, from_records, to_records
+from posttrain.evaluate.row_metrics import row_metrics
 from posttrain.evaluate.row_statistics import interval
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
@@ -21,7 +22,7 @@ from posttrain.train.grpo import GrpoLoop, sampling_seed
 from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
 from posttrain.train.schedule import lr_factor
-from posttrain.types import RewardResult, RewardStatus
+from posttrain.types import Completion, RewardResult, RewardStatus
 
 
 def test_batches_cover_an_epoch_once_and_resume_by_number(recipe_file: Path) -> None:
@@ -158,6 +159,39 @@ def test_known_answers_belong_to_the_rows_that_are_evaluated(timelines: Path) ->
             check_rows(record, {"main": other})
     with pytest.raises(ValueError, match="not to the rows of data: reported"):
         check_rows(record, {"main": rows, "reported": rows})
+
+
+class Length:
+    name = "length"
+
+    def __call__(self, row: Row, completion: Completion) -> RewardResult:
+        return RewardResult(None if completion.truncated else float(len(completion.text)))
+
+
+def test_known_answers_get_the_rewards_of_the_run_that_takes_them_over(
+    recipe_file: Path, timelines: Path, tmp_path: Path
+) -> None:
+    rows = read_rows(timelines / "test.jsonl")
+    texts = ["<t>1.0-2.0</t>", "<t>1.0-2.0"] + [""] * (len(rows) - 2)
+    earlier = [
+        RowScore(row.id, "miou", {"miou": (0.5, 1.0)}, -1.0, text, text.endswith("2.0"))
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    known = tmp_path / "after.json"
+    known.write_text(json.dumps({"step": 7, "main": to_records(earlier)}))
+    run = RunFolder(load_recipe(recipe_file, [f"evaluation.before={known}"]))
+    assert not run.has_answers("after", 9, {"main": rows}, Length())
+    with pytest.raises(ValueError, match=r"data: main; with evaluation.before"):
+        run.has_answers("before", 0, {"main": rows[1:]}, Length())
+    assert run.has_answers("before", 0, {"main": rows}, Length())
+    record = run.load_json("held_out/before.json")
+    scores = from_records(record["main"])
+    assert record["step"] == 0 and [s.text for s in scores] == texts
+    assert [s.reward for s in scores[:3]] == [14.0, None, 0.0]
+    own = row_metrics(rows[0], Completion((), (), texts[0], "stop", 0))
+    assert scores[0].metrics == own and scores[1].truncated and not scores[0].truncated
+    with pytest.raises(ValueError, match=r"evaluation.before=none.json: no such file"):
+        RunFolder(load_recipe(recipe_file, ["evaluation.before=none.json"]))
 
 
 def test_a_question_that_pairs_train_is_not_held_out(

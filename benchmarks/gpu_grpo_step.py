@@ -25,6 +25,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ BF16_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
 }  # fmt: skip
 TEXT_TOKENS = 24
+Step = Callable[[Policy, list[GroupTensors]], torch.Tensor]
 
 
 def main() -> None:
@@ -103,23 +105,37 @@ def measure(options: argparse.Namespace, model: Any, config: Any, minutes: float
     """Figures of one length of audio."""
     group = random_group(options, config, minutes)
     result: dict[str, Any] = {"minutes": minutes, "prompt_tokens": len(group.prompt_ids_P)}
-    result["shared"], shared = timed(options, model, config, [group], shared_prefix=True)
+    flops = update_flops(config.text_config, group)
+    result["shared"], shared = timed(options, model, [group], step, flops, shared_prefix=True)
     if options.no_dense:
         return result
-    rows = [
-        GroupTensors(
-            group.prompt_ids_P, group.completion_ids_GT[i : i + 1], group.mask_GT[i : i + 1],
-            group.input_features, group.input_features_mask,
-        )
-        for i in range(options.group_size)
-    ]  # fmt: skip
-    result["dense"], dense = timed(options, model, config, rows, shared_prefix=False)
-    if shared is not None and dense is not None:
-        result["speedup"] = round(result["dense"]["step_s"] / result["shared"]["step_s"], 2)
-        result["ideal"] = round(result["dense"]["tokens"] / result["shared"]["tokens"], 2)
-        result["mean_logprob_diff"] = float((shared - dense).abs().mean())
-        result["max_logprob_diff"] = float((shared - dense).abs().max())
-    return result
+    rows = [one_of(group, i) for i in range(options.group_size)]
+    flops = sum(update_flops(config.text_config, row) for row in rows)
+    result["dense"], dense = timed(options, model, rows, step, flops, shared_prefix=False)
+    return result | compared(result["shared"], result["dense"], shared, dense)
+
+
+def compared(
+    shared: dict[str, Any], dense: dict[str, Any], shared_logprobs: Any, dense_logprobs: Any
+) -> dict[str, float]:
+    """Ratios and differences, where both sides fitted."""
+    if shared_logprobs is None or dense_logprobs is None:
+        return {}
+    differences = (shared_logprobs - dense_logprobs).abs()
+    return {
+        "speedup": round(dense["step_s"] / shared["step_s"], 2),
+        "ideal": round(dense["tokens"] / shared["tokens"], 2),
+        "mean_logprob_diff": float(differences.mean()),
+        "max_logprob_diff": float(differences.max()),
+    }
+
+
+def one_of(group: GroupTensors, index: int) -> GroupTensors:
+    """A group of one of its completions, with the clip."""
+    return GroupTensors(
+        group.prompt_ids_P, group.completion_ids_GT[index : index + 1],
+        group.mask_GT[index : index + 1], group.input_features, group.input_features_mask,
+    )  # fmt: skip
 
 
 def random_group(options: argparse.Namespace, config: Any, minutes: float) -> GroupTensors:
@@ -140,10 +156,14 @@ def random_group(options: argparse.Namespace, config: Any, minutes: float) -> Gr
 
 
 def timed(
-    options: argparse.Namespace, model: Any, config: Any, groups: list[GroupTensors],
+    options: argparse.Namespace, model: Any, groups: list[GroupTensors], step: Step, flops: float,
     *, shared_prefix: bool,
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
-    """Figures and log-probabilities; a word and None where memory does not suffice."""
+    """Figures and log-probabilities; a word and None where memory does not suffice.
+
+    Args:
+        flops: useful operations of a step.
+    """
     policy = Policy(model, shared_prefix=shared_prefix, activation_offload=options.offload)
     on_gpu = options.device == "cuda"
     gc.collect()
@@ -164,7 +184,6 @@ def timed(
     step_s = statistics.median(seconds[1:])
     tokens = sum(len(g.prompt_ids_P) + sum(g.lengths) - len(g.lengths) for g in groups)
     peak = BF16_FLOPS.get(device_name(options.device))
-    flops = sum(update_flops(config.text_config, g) for g in groups)
     figures = {
         "step_s": round(step_s, 3), "first_s": round(seconds[0], 3), "tokens": tokens,
         "tokens_per_s": round(tokens / step_s),
@@ -190,13 +209,13 @@ def step(policy: Policy, groups: list[GroupTensors]) -> torch.Tensor:
     return torch.cat(outputs)
 
 
-def update_flops(config: Any, group: GroupTensors) -> float:
-    """Useful operations of a step with LoRA; see the top of the file."""
+def update_flops(config: Any, group: GroupTensors, forwards: int = 1) -> float:
+    """Useful operations of so many forward passes and one backward; see the top of the file."""
     lengths = [length - 1 for length in group.lengths]
     pairs = attended_pairs(len(group.prompt_ids_P), lengths)
     tokens = len(group.prompt_ids_P) + sum(lengths)
     matrices = forward_flops(config, tokens, 0, sum(group.lengths))
-    return 2.0 * matrices + 3.5 * forward_flops(config, 0, pairs)
+    return (forwards + 1.0) * matrices + (forwards + 2.5) * forward_flops(config, 0, pairs)
 
 
 def device_name(device: str) -> str:

@@ -224,6 +224,7 @@ LIMITS: tuple[tuple[str, float, float], ...] = (
     ("scoring.timeout_s", 0.01, 1e9),
     ("scoring.num_threads", 1, 1_000),
     ("evaluation.num_rows", 1, 1e9),
+    ("evaluation.loss_rows", 1, 1e9),
     ("evaluation.bootstrap_samples", 100, 1e9),
 )
 

@@ -347,6 +347,8 @@ class EvaluationConfig:
 
     num_rows: int | None = None
     """First so many rows of each held-out source; None: all."""
+    loss_rows: int | None = None
+    """First so many of these whose loss `kind: sft` and `distill` report; None: all."""
     before: str | None = None
     """`held_out/after.json` of the run that made model.path, on the same rows: not asked again."""
     bootstrap_samples: int = 2_000

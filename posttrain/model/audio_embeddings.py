@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 DEFAULT_FOLDER = "~/.cache/posttrain/audio_embeddings"
 TENSOR = "audio"
 ABANDONED_S = 3_600
+WRITERS = 16  # processes of a machine that may fill the store at once
+KEPT_SHARE = 0.95  # of the limit, once it was passed
 LAYOUT = 1  # of what is stored; counts up when its meaning changes
 
 
@@ -88,6 +90,9 @@ class TensorStore:
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self.folder = Path(folder).expanduser()
         self.max_bytes = max_bytes
+        self._room_bytes = (
+            0.0  # to write before the folder, which may hold a million files, is read
+        )
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
 
     def get_or_make(self, key: str, make: Callable[[], Tensor]) -> Tensor:
@@ -103,7 +108,9 @@ class TensorStore:
                 tensor = self._open(path)
         if tensor is None:
             raise OSError(f"{path}: written and not readable; check the disk")
-        self._evict(keep=path)
+        self._room_bytes -= tensor.nbytes
+        if self._room_bytes < 0:
+            self._room_bytes = self._evict(keep=path) / WRITERS
         return tensor
 
     def _open(self, path: Path) -> Tensor | None:
@@ -132,8 +139,9 @@ class TensorStore:
                 "folder with room, or lower audio_embeddings.max_gib"
             ) from error
 
-    def _evict(self, keep: Path) -> None:
-        """Files that another process has open stay readable for it: only their name goes."""
+    def _evict(self, keep: Path) -> int:
+        """Bytes that are free now. Files that another process has open stay readable for it: only
+        their name goes."""
         with FileLock(self.folder / "locks" / "evict.lock"):
             files = []
             self._remove_abandoned()
@@ -144,12 +152,14 @@ class TensorStore:
                     continue
                 files.append((stat.st_mtime_ns, stat.st_size, path))
             total = sum(size for _, size, _ in files)
+            limit = self.max_bytes if total <= self.max_bytes else KEPT_SHARE * self.max_bytes
             for _, size, path in sorted(files):
-                if total <= self.max_bytes:
-                    return
+                if total <= limit:
+                    break
                 if path != keep:
                     path.unlink(missing_ok=True)
                     total -= size
+        return max(0, self.max_bytes - total)
 
     def _remove_abandoned(self) -> None:
         """What a killed process was writing, an hour ago or more."""

@@ -81,7 +81,10 @@ class SupervisedRank(PolicyRank):
                 pairs, held_out_pairs, recipe.dpo, recipe.training.rows_per_clip, self.audio_inputs
             )
         rows, held_out = training_rows(recipe, check=False)
-        answered = {name: [r for r in part if r.answer.strip()] for name, part in held_out.items()}
+        answered = {
+            name: [row for row in part if row.answer.strip()][: recipe.evaluation.loss_rows]
+            for name, part in held_out.items()
+        }
         return SftObjective(rows, answered, recipe.training.rows_per_clip, self.audio_inputs)
 
     def train(self, run_dir: str, resume_dir: str | None) -> None:

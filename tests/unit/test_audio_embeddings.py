@@ -124,6 +124,19 @@ def test_least_recently_used_goes_first_and_open_tensors_stay(tmp_path: Path) ->
         assert str(tmp_path / "c.safetensors") in maps.read_text(), "not read into memory"
 
 
+def test_a_store_with_room_does_not_read_its_folder_at_every_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TensorStore(tmp_path, max_bytes=100 * 5_000)
+    looks = []
+    evict = TensorStore._evict
+    monkeypatch.setattr(TensorStore, "_evict", lambda *a, **k: looks.append(1) or evict(*a, **k))
+    for i in range(300):
+        store.get_or_make(str(i), lambda: torch.ones(1_000))
+        assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 100 * 5_000
+    assert 20 < len(looks) < 250, "seldom while there is room, then whenever a sixteenth is used up"
+
+
 def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = TensorStore(tmp_path, 2**20)
     store.get_or_make("a", lambda: torch.ones(3))

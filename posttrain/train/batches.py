@@ -198,6 +198,14 @@ def held_out_rows(recipe: Recipe, *, check: bool = True) -> dict[str, list[Row]]
     return held_out
 
 
+def rows_with_loss(recipe: Recipe, held_out: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Of every evaluated source the rows whose loss is reported: the first that have an answer."""
+    return {
+        name: [row for row in part if row.answer.strip()][: recipe.evaluation.loss_rows]
+        for name, part in held_out.items()
+    }
+
+
 def provenance_of(rows: Sequence[Row]) -> str:
     """ "recorded", or "synthesised" as soon as one row's source says so."""
     return "synthesised" if any("synthesised" in row.source for row in rows) else "recorded"

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.model.policy import GroupTensors, Policy, group_logprobs
 from posttrain.schema import Recipe
-from posttrain.train.batches import StepOrder, training_pairs, training_rows
+from posttrain.train.batches import StepOrder, rows_with_loss, training_pairs, training_rows
 from posttrain.train.checkpoints import Checkpoints
 from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.objectives import Batch, DpoObjective, Objective, SftObjective
@@ -81,10 +81,7 @@ class SupervisedRank(PolicyRank):
                 pairs, held_out_pairs, recipe.dpo, recipe.training.rows_per_clip, self.audio_inputs
             )
         rows, held_out = training_rows(recipe, check=False)
-        answered = {
-            name: [row for row in part if row.answer.strip()][: recipe.evaluation.loss_rows]
-            for name, part in held_out.items()
-        }
+        answered = rows_with_loss(recipe, held_out)
         return SftObjective(rows, answered, recipe.training.rows_per_clip, self.audio_inputs)
 
     def train(self, run_dir: str, resume_dir: str | None) -> None:

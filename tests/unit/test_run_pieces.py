@@ -17,7 +17,7 @@ from posttrain.evaluate.row_metrics import row_metrics
 from posttrain.evaluate.row_statistics import interval
 from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
-from posttrain.train.batches import PromptBatches, training_pairs
+from posttrain.train.batches import PromptBatches, rows_with_loss, training_pairs
 from posttrain.train.grpo import GrpoLoop, sampling_seed
 from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
@@ -192,6 +192,16 @@ def test_known_answers_get_the_rewards_of_the_run_that_takes_them_over(
     assert scores[0].metrics == own and scores[1].truncated and not scores[0].truncated
     with pytest.raises(ValueError, match=r"evaluation.before=none.json: no such file"):
         RunFolder(load_recipe(recipe_file, ["evaluation.before=none.json"]))
+
+
+def test_the_loss_is_taken_on_the_first_rows_with_an_answer(
+    recipe_file: Path, timelines: Path
+) -> None:
+    first, second, third, *_ = read_rows(timelines / "test.jsonl")
+    held_out = {"main": [replace(first, answer=" "), second, third], "chat": []}
+    assert rows_with_loss(load_recipe(recipe_file), held_out)["main"] == [second, third]
+    recipe = load_recipe(recipe_file, ["evaluation.loss_rows=1"])
+    assert rows_with_loss(recipe, held_out) == {"main": [second], "chat": []}
 
 
 def test_a_question_that_pairs_train_is_not_held_out(

@@ -1,6 +1,6 @@
 """One DPO update of AF-Next at its real size, random weights, LoRA, on one GPU.
 
-    python -m benchmarks.gpu_dpo_step                      (about 8 minutes on 80 GB)
+    python -m benchmarks.gpu_dpo_step                      (about 12 minutes on 80 GB)
 
 Several rejected answers about one clip, as `data_recipes.timestamp_pairs` makes them. Shared: the
 objective's own layout, all answers behind the clip, the chosen one once. Dense: one pair at a time,

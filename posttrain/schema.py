@@ -314,8 +314,7 @@ class RolloutConfig:
     """Prompt and completion together, tokens; None: the checkpoint's limit."""
     max_num_seqs: int = 64
     timeout_s: float = 600.0
-    """A worker that takes longer than this, for every `max_num_seqs` completions that it was asked
-    for, counts as hung and is replaced."""
+    """A worker that does not answer its groups for so long counts as hung and is replaced."""
     threads_per_worker: int | None = None
     """CPU threads of a worker; None: all."""
     max_restarts: int = 3

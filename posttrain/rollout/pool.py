@@ -2,16 +2,14 @@
 
     requests --round robin--> workers --groups--> checked: every group once, in order
 
-A worker that dies (or takes longer than `timeout_s` for every `max_num_seqs` completions) is
-killed, started anew, brought to the current policy version and given its unanswered groups again.
-A group keeps its id, so a late answer of a replaced worker can never be trained twice: its actor
-is gone.
+A worker that dies (or answers nothing within `timeout_s`) is killed, started anew, brought to the
+current policy version and given its unanswered groups again. A group keeps its id, so a late
+answer of a replaced worker can never be trained twice: its actor is gone.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,8 +31,6 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1_800.0
 KILL_TIMEOUT_S = 60.0
-ROUNDS_PER_CALL = 4
-"""Times what the engine decodes at once: others start as soon as short answers have ended."""
 HEAL_TIMEOUT_S = 60.0
 
 
@@ -133,13 +129,11 @@ class RolloutPool:
             raise ValueError("rollout pool: two requests with one group_id")
         busy_s = 0.0
         while missing := [r for r in requests if r.group_id not in answered]:
-            per_round = max(1, self.settings.max_num_seqs // settings.num_completions)
-            turn = missing[: len(self.workers) * ROUNDS_PER_CALL * per_round]
+            turn = missing[: len(self.workers) * self._groups_per_call(settings)]
             shares = [turn[i :: len(self.workers)] for i in range(len(self.workers))]
             for request in turn:
                 attempts[request.group_id] += 1
-            limit_s = self.timeout_s * math.ceil(len(shares[0]) / per_round)
-            results, lost = self._one_call(shares, settings, limit_s)
+            results, lost = self._one_round(shares, settings)
             for groups, seconds in results:
                 busy_s += seconds
                 answered |= {g.group_id: g for g in groups}
@@ -153,11 +147,15 @@ class RolloutPool:
         )
         return [replace(answered[r.group_id], attempts=attempts[r.group_id]) for r in requests]
 
-    def _one_call(
-        self, shares: Sequence[Sequence[PromptRequest]], settings: SamplingSettings, limit_s: float
+    def _groups_per_call(self, settings: SamplingSettings) -> int:
+        """As many as the engine decodes at once: a deadline then bounds a known amount of work."""
+        return max(1, self.settings.max_num_seqs // settings.num_completions)
+
+    def _one_round(
+        self, shares: Sequence[Sequence[PromptRequest]], settings: SamplingSettings
     ) -> tuple[list[tuple[list[Group], float]], list[int]]:
         """(answers, indices of workers that died or hung)."""
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + self.timeout_s
         pending = [
             (i, self.workers[i].generate.remote(list(share), settings))
             for i, share in enumerate(shares)
@@ -172,7 +170,7 @@ class RolloutPool:
                 log.warning("rollout worker %d died: %s", index, str(error).splitlines()[0])
                 lost.append(index)
             except GetTimeoutError:
-                log.warning("rollout worker %d silent for %.0f s", index, limit_s)
+                log.warning("rollout worker %d silent for %.0f s", index, self.timeout_s)
                 lost.append(index)
             except RayTaskError as error:
                 raise error.as_instanceof_cause() from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -127,14 +128,20 @@ def test_least_recently_used_goes_first_and_open_tensors_stay(tmp_path: Path) ->
 def test_a_store_with_room_does_not_read_its_folder_at_every_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = TensorStore(tmp_path, max_bytes=100 * 5_000)
-    looks = []
+    store = TensorStore(tmp_path, max_bytes=500_000)
+    looks, sizes = [], []
     evict = TensorStore._evict
-    monkeypatch.setattr(TensorStore, "_evict", lambda *a, **k: looks.append(1) or evict(*a, **k))
-    for i in range(300):
+    monkeypatch.setattr(
+        TensorStore, "_evict", lambda *a, **k: looks.append(len(sizes)) or evict(*a, **k)
+    )
+    for i in range(200):
         store.get_or_make(str(i), lambda: torch.ones(1_000))
-        assert sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")) <= 100 * 5_000
-    assert 20 < len(looks) < 250, "seldom while there is room, then whenever a sixteenth is used up"
+        sizes.append(sum(p.stat().st_size for p in tmp_path.glob("*.safetensors")))
+    # 4,000 bytes a write into (500,000 - the first file) / 16 = 30,995: the eighth is too many
+    assert looks[:2] == [0, 8]
+    assert max(sizes) <= 500_000, "sixteen writers could not pass the limit, nor does one"
+    after_first_removal = next(b for a, b in pairwise(sizes) if b < a)
+    assert 470_000 < after_first_removal <= 475_000, "down to 95 %, or every write would look"
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

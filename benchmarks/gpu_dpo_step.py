@@ -14,7 +14,6 @@ Prints one JSON object; every length's figures go to stderr as soon as they are 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,11 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_grpo_step import (
-    build,
     compared,
-    device_name,
     one_of,
     random_group,
+    report,
     timed,
     update_flops,
 )
@@ -54,18 +52,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_dpo_step: no GPU here; --device cpu --tiny tries the code")
     options.group_size = options.pairs + 1
-    model, config = build(options)
-    results = []
-    for minutes in options.minutes:
-        results.append(measure(options, model, config, minutes))
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    figures = {
-        "device": device_name(options.device), "torch": torch.__version__,
-        "pairs": options.pairs, "completion_tokens": options.completion_tokens,
-        "lora_r": options.lora_r, "repeats": options.repeats, "offload": options.offload,
-        "results": results,
-    }  # fmt: skip
-    print(json.dumps(figures))
+    report(options, measure, pairs=options.pairs)
 
 
 def measure(options: argparse.Namespace, model: Any, config: Any, minutes: float) -> dict[str, Any]:

@@ -44,6 +44,7 @@ BF16_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
 }  # fmt: skip
 TEXT_TOKENS = 24
+Measure = Callable[[argparse.Namespace, Any, Any, float], dict[str, Any]]
 Step = Callable[[Policy, list[GroupTensors]], torch.Tensor]
 
 
@@ -61,16 +62,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_grpo_step: no GPU here; --device cpu --tiny tries the code")
+    report(options, measure, group_size=options.group_size)
+
+
+def report(options: argparse.Namespace, measure: Measure, **facts: Any) -> None:
+    """Every length of audio in turn, then all figures as one JSON object."""
     model, config = build(options)
     results = []
     for minutes in options.minutes:
         results.append(measure(options, model, config, minutes))
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     figures = {
-        "device": device_name(options.device), "torch": torch.__version__,
-        "group_size": options.group_size, "completion_tokens": options.completion_tokens,
-        "lora_r": options.lora_r, "repeats": options.repeats, "offload": options.offload,
-        "results": results,
+        "device": device_name(options.device), "torch": torch.__version__, **facts,
+        "completion_tokens": options.completion_tokens, "lora_r": options.lora_r,
+        "repeats": options.repeats, "offload": options.offload, "results": results,
     }  # fmt: skip
     print(json.dumps(figures))
 

@@ -80,6 +80,16 @@ class AFNextProcessingInfo(AudioFlamingo3ProcessingInfo):
             return config.audio_config.hidden_size
         return super()._get_expected_hidden_size()
 
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Of the longest clip that is taken; without it vLLM counts by making the features of half
+        an hour of silence, three times at every start."""
+        processor = self.get_hf_processor()
+        extractor = processor.feature_extractor
+        num_windows = int(processor.max_audio_len // extractor.chunk_length)
+        return {"audio": num_windows * extractor.nb_max_frames // POOLED_FRAMES}
+
 
 class AFNextMultiModalProcessor(AudioFlamingo3MultiModalProcessor):
     """Wraps the parent's run of `<sound>` in the begin and end tokens."""

@@ -71,7 +71,6 @@ class VllmEngine:
             enable_prefix_caching=True,
             enforce_eager=settings.device == "cpu",
             logprobs_mode="processed_logprobs",
-            limit_mm_per_prompt={"audio": 1},
             disable_log_stats=True,
             enable_lora=settings.max_lora_rank is not None,
             **self._optional_arguments(),
@@ -79,7 +78,7 @@ class VllmEngine:
         )
 
     def _optional_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"limit_mm_per_prompt": {"audio": 1}}
         if self.settings.max_lora_rank is not None:
             rank = next(r for r in LORA_RANKS if r >= self.settings.max_lora_rank)
             arguments |= {"max_lora_rank": rank, "max_loras": 2}
@@ -94,6 +93,9 @@ class VllmEngine:
             longest = self.settings.max_model_len or CPU_MAX_BATCHED_TOKENS
             arguments["max_num_batched_tokens"] = max(longest, CPU_MAX_BATCHED_TOKENS)
             arguments["skip_mm_profiling"] = True
+            # the silence that vLLM warms up with: one window instead of half an hour
+            window = self.processor.feature_extractor.n_samples
+            arguments["limit_mm_per_prompt"] = {"audio": {"count": 1, "length": window}}
         return arguments
 
     def generate(

@@ -79,6 +79,20 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
 
 
+def test_the_longest_clip_is_counted_as_vllm_counts_it(nano: str) -> None:
+    """By the plugin from lengths, by vLLM from the features of half an hour of silence."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = EngineArgs(model=nano, dtype="float32").create_model_config()
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    counted = processor.info.get_mm_max_tokens_per_item(2_048, {"audio": 1})
+    (placeholder,) = processor.get_dummy_mm_inputs({"audio": 1})["mm_placeholders"]["audio"]
+    assert counted == {"audio": placeholder.get_num_embeds()} == {"audio": 45_000}
+
+
 @pytest.fixture(scope="module")
 def server(nano: str) -> Iterator[str]:
     """Address of `vllm serve` on nano, on loopback."""

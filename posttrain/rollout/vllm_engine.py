@@ -73,12 +73,13 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             enable_lora=settings.max_lora_rank is not None,
-            **self._optional_arguments(),
+            **self._arguments_by_settings(),
             weight_transfer_config=WeightTransferConfig(backend=settings.transfer_backend),
         )
 
-    def _optional_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"limit_mm_per_prompt": {"audio": 1}}
+    def _arguments_by_settings(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        audio = {"count": 1}
         if self.settings.max_lora_rank is not None:
             rank = next(r for r in LORA_RANKS if r >= self.settings.max_lora_rank)
             arguments |= {"max_lora_rank": rank, "max_loras": 2}
@@ -94,8 +95,8 @@ class VllmEngine:
             arguments["max_num_batched_tokens"] = max(longest, CPU_MAX_BATCHED_TOKENS)
             arguments["skip_mm_profiling"] = True
             # the silence that vLLM warms up with: one window instead of half an hour
-            window = self.processor.feature_extractor.n_samples
-            arguments["limit_mm_per_prompt"] = {"audio": {"count": 1, "length": window}}
+            audio["length"] = self.processor.feature_extractor.n_samples
+        arguments["limit_mm_per_prompt"] = {"audio": audio}
         return arguments
 
     def generate(

@@ -10,8 +10,9 @@ RECIPE := recipes/nano/grpo_long_audio.yaml
 
 # pip's own link folder is handed on to uv; without one, the CPU build of torch has its own index
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+OVERRIDES := --override requirements/overrides.txt
 ifeq ($(FLAVOUR),cpu)
-  OVERRIDES := --override requirements/cpu-overrides.txt
+  OVERRIDES += --override requirements/cpu-overrides.txt
   ifeq ($(PIP_FIND_LINKS),)
     INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
   endif

@@ -1,7 +1,8 @@
-"""What a run ran on, for those who read it later: commit, versions, hardware."""
+"""What a run ran on, for those who read it later: commit, versions, hardware, data."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from posttrain.schema import DataConfig
 
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "peft", "deepspeed", "vllm", "ray")
 
@@ -28,6 +31,20 @@ def environment(model: str) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES}, "cpus": cpus,
         "gpus": gpus, "memory_gib": _memory_gib(), "cluster": bool(os.environ.get("RAY_ADDRESS")),
     }  # fmt: skip
+
+
+def data_files(data: DataConfig) -> dict[str, dict[str, Any]]:
+    """`data.train.main: {path, bytes, sha256}` of each file of rows, not of the clips."""
+    sources = {
+        f"data.{part}.{name}": Path(source.path)
+        for part in ("train", "replay", "held_out", "held_out_pairs", "reported")
+        for name, source in getattr(data, part).items()
+    }
+    return {
+        key: {"path": str(path.absolute()), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for key, path in sources.items()
+        if path.is_file()  # a missing one is named where it is read
+    }
 
 
 def hardware(record: dict[str, Any]) -> str:
@@ -64,6 +81,11 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _memory_gib() -> float | None:

@@ -1,6 +1,6 @@
 """A run's folder: what happened, readable by people and by the next start.
 
-runs/NAME/  recipe.yaml  environment.json  metrics.jsonl  rollouts.jsonl  summary.json
+runs/NAME/  recipe.yaml  environment.json  data.json  metrics.jsonl  rollouts.jsonl  summary.json
             held_out/  checkpoints/  tensorboard/
 """
 
@@ -23,7 +23,7 @@ from posttrain.data.rows import Row
 from posttrain.evaluate.held_out import check_rows, rescored
 from posttrain.schema import Recipe
 from posttrain.train.checkpoints import Checkpoints
-from posttrain.train.environment import environment
+from posttrain.train.environment import data_files, environment
 from posttrain.types import Group, Reward, RewardResult
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,13 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.path, recipe.training.save_total_limit)
         self.checkpoint = self.checkpoints.latest() if self.resumed else None
         self.recipe = recipe
+        data = data_files(recipe.data)
         if self.checkpoint or (self.resumed and recipe.kind in WITHOUT_CHECKPOINT):
             _refuse_changed_recipe(self.path / "recipe.yaml", recipe)
+            _refuse_changed_data(self.path, self.load_json("data.json") or {}, data)
         (self.path / "recipe.yaml").write_text(to_yaml(recipe))
-        record = environment(recipe.model.path)
-        (self.path / "environment.json").write_text(json.dumps(record, indent=1) + "\n")
+        self.save_json("environment.json", environment(recipe.model.path))
+        self.save_json("data.json", data)
         done = self.steps_done
         _drop_later_evaluations(self.path / "held_out", done, keep_before=bool(self.checkpoint))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -174,6 +176,18 @@ def _refuse_changed_recipe(path: Path, recipe: Recipe) -> None:
             raise ValueError(
                 f"{path.parent}: unfinished run with {key}={old}, now {new}; set it back, or "
                 "resume=never or another run_name for a new run"
+            )
+
+
+def _refuse_changed_data(
+    run: Path, before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A run goes on only with the rows it was started with, whatever their files are called."""
+    for key in before.keys() & now.keys():
+        if before[key]["sha256"] != now[key]["sha256"]:
+            raise ValueError(
+                f"{run}: unfinished run, and {key} ({now[key]['path']}) has changed since it was "
+                "started; put the old file back, or resume=never or another run_name for a new run"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_unfinished_runs_continue_and_finished_ones_are_kept(recipe_file: Path) 
     again.finish({"done": True})
     assert RunFolder(recipe).path.name == "tiny-2"
     assert json.loads((again.path / "summary.json").read_text()) == {"done": True}
+
+
+def test_an_unfinished_run_goes_on_with_the_rows_it_was_started_with(
+    recipe_file: Path, timelines: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    rows = (timelines / "train.jsonl").read_text()
+    source.write_text(rows)
+    recipe = load_recipe(recipe_file, [f"data.train.main.path={source}"])
+    run = RunFolder(recipe)
+    recorded = run.load_json("data.json")["data.train.main"]
+    assert recorded["sha256"] == hashlib.sha256(rows.encode()).hexdigest()
+    source.write_text(rows + rows)
+    assert RunFolder(recipe).resumed, "nothing was trained on the other rows"
+    run.checkpoints.begin(1)
+    run.checkpoints.finish(1, policy_version=1)
+    source.write_text(rows)
+    with pytest.raises(ValueError, match=r"data.train.main .*rows.jsonl\) has changed"):
+        RunFolder(recipe)
+    source.write_text(rows + rows)
+    assert RunFolder(recipe).steps_done == 1
 
 
 def test_old_checkpoints_are_removed_and_runs_moved_aside(recipe_file: Path) -> None:

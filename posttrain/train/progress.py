@@ -48,6 +48,12 @@ class Progress:
             yield advance
         self._bar = None
 
+    def scoring(self, what: str) -> None:
+        """Says that held-out rows are being scored; the time left is that of the steps alone."""
+        if what:
+            self._bar.set_postfix_str(what)
+            self._bar.unpause()
+
     def show(self, metrics: Mapping[str, float]) -> None:
         if self._bar is not None:
             self._bar.set_postfix(

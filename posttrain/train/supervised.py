@@ -112,9 +112,11 @@ class SupervisedRun:
                 while calls:
                     done, calls = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
                     learners.get(done)
-                    for step, metrics in learners.call_one("new_logs"):
+                    logs, scoring = learners.call_one("news")
+                    for step, metrics in logs:
                         self.run.log(metrics, step)
                         advance(step, metrics)
+                    self.progress.scoring(scoring)
         finally:
             learners.stop()
         return sizes

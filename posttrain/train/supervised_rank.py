@@ -10,7 +10,6 @@ all ranks), and checkpoints are canonical safetensors, where DeepSpeed's own are
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +17,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from posttrain.model.policy import GroupTensors, Policy, group_logprobs
 from posttrain.schema import Recipe
 from posttrain.train.batches import StepOrder, rows_with_loss, training_pairs, training_rows
 from posttrain.train.checkpoints import Checkpoints
-from posttrain.train.deepspeed_config import deepspeed_config
 from posttrain.train.objectives import Batch, DpoObjective, Objective, SftObjective
 from posttrain.train.optimizer_state import load_rank_state, load_rng_state
 from posttrain.train.policy_rank import PolicyRank
 from posttrain.train.schedule import lr_factor
+from posttrain.train.trainer_arguments import tell_accelerate, trainer_arguments
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -56,15 +54,16 @@ class TrainedPolicy(Policy):
 
 
 class SupervisedRank(PolicyRank):
-    """Holds the policy and its trainer; `train` runs to the end, `new_logs` answers meanwhile."""
+    """Holds the policy and its trainer; `train` runs to the end, `news` answers meanwhile."""
 
     policy_class = TrainedPolicy
 
     def build(self, resume_dir: str | None = None) -> dict[str, int]:
         """Loads the policy (or a checkpoint of it) and the data; returns sizes."""
-        _tell_accelerate(self.device)
+        tell_accelerate(self.device)
         sizes = self.load(Path(resume_dir) if resume_dir else None)
         self.logs: deque[tuple[int, dict[str, float]]] = deque()
+        self.scoring = ""  # which held-out set, and how far
         self.objective = self._objective()
         recipe = self.recipe
         adapter_alone = recipe.lora.enabled and not recipe.model.trains_beside_adapter
@@ -90,9 +89,9 @@ class SupervisedRank(PolicyRank):
         self.trainer = PackedTrainer(self, checkpoints, resumed=resume_dir is not None)
         self.trainer.train(resume_from_checkpoint=resume_dir)
 
-    def new_logs(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, metrics) logged since the last call; rank 0 has them."""
-        return [self.logs.popleft() for _ in range(len(self.logs))]
+    def news(self) -> tuple[list[tuple[int, dict[str, float]]], str]:
+        """(step, metrics) logged since the last call, which rank 0 has; what is being scored."""
+        return [self.logs.popleft() for _ in range(len(self.logs))], self.scoring
 
 
 class PackedTrainer(SFTTrainer):
@@ -201,7 +200,9 @@ class PackedTrainer(SFTTrainer):
             if not held_out:  # no row of the source has an answer
                 continue
             sums: dict[str, float] = defaultdict(float)
-            for numbers in self._shares(len(held_out)):
+            shares = self._shares(len(held_out))
+            for done, numbers in enumerate(shares):
+                self.rank.scoring = f"scoring {name} {done}/{len(shares)}"
                 # a rank that has run out keeps the others company, as ZeRO-3 needs, for nothing
                 batch = self.objective.collate(numbers or [0], name)
                 loss, parts = self._loss(self.model_wrapped, batch, 1.0)
@@ -212,6 +213,7 @@ class PackedTrainer(SFTTrainer):
             items = total.pop("items")
             means = self.objective.means(total, items)
             metrics |= {f"eval_{name}_{key}": value for key, value in means.items()}
+        self.rank.scoring = ""
         self.model_wrapped.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -352,52 +354,3 @@ def renamed(logs: Mapping[str, Any], step: int, recipe: Recipe) -> dict[str, flo
     if "train/learning_rate" in metrics:
         metrics["train/learning_rate"] = recipe.training.learning_rate * lr_factor(recipe, step - 1)
     return metrics
-
-
-def _tell_accelerate(device: torch.device) -> None:
-    """Trainer asks accelerate who is there; on CPUs it would find one process and no DeepSpeed."""
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "TOKENIZERS_PARALLELISM": "false"}
-    if device.type == "cpu":
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState(backend="gloo" if device.type == "cpu" else "nccl")
-
-
-def trainer_arguments(recipe: Recipe, device: str, folder: Path, *, resumed: bool) -> SFTConfig:
-    """The recipe in TRL's words."""
-    training, learner = recipe.training, recipe.learner
-    per_device = training.per_device_train_batch_size
-    accumulation = training.prompts_per_step // (learner.num_processes * per_device)
-    config = deepspeed_config(recipe, device) | {
-        "train_micro_batch_size_per_gpu": per_device,
-        "gradient_accumulation_steps": accumulation,
-    }
-    return SFTConfig(
-        str(folder),
-        max_steps=training.max_steps,
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        max_grad_norm=training.max_grad_norm,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        bf16=recipe.model.dtype == "bfloat16",
-        deepspeed=config,
-        gradient_checkpointing=False,  # the policy's layers have it switched on already
-        eval_strategy="steps",
-        eval_steps=training.eval_steps or training.max_steps,
-        eval_on_start=not resumed,
-        save_strategy="steps",
-        save_steps=training.save_steps,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=0,
-        accelerator_config={"use_configured_state": True},
-        logging_nan_inf_filter=False,
-        average_tokens_across_devices=True,
-    )

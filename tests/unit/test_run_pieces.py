@@ -20,6 +20,7 @@ from posttrain.model.checkpoint_keys import canonical_key, split_ignored
 from posttrain.quickstart import move_aside
 from posttrain.train.batches import PromptBatches, rows_with_loss, training_pairs
 from posttrain.train.grpo import GrpoLoop, sampling_seed
+from posttrain.train.progress import Progress
 from posttrain.train.rewards import errors_of
 from posttrain.train.run_folder import RunFolder
 from posttrain.train.schedule import lr_factor
@@ -117,6 +118,21 @@ def test_an_unfinished_run_goes_on_with_the_rows_it_was_started_with(
         RunFolder(recipe)
     source.write_text(rows + rows)
     assert RunFolder(recipe).steps_done == 1
+
+
+def test_the_time_left_is_that_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes of scoring before the first step, then 2 s a step: 18 s are left after one."""
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    progress = Progress("run")
+    with progress.bar(0, 10) as advance:
+        for clock[0] in (30.0, 60.0, 120.0):
+            progress.scoring("scoring main 3/7")
+        assert progress._bar.postfix == "scoring main 3/7"
+        clock[0] = 122.0
+        progress.scoring("")
+        advance(1, {"train/loss": 0.5})
+        assert progress._bar.format_dict["elapsed"] == 2.0 and "00:18" in str(progress._bar)
 
 
 def test_old_checkpoints_are_removed_and_runs_moved_aside(recipe_file: Path) -> None:

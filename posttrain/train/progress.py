@@ -13,6 +13,7 @@ from tqdm import tqdm
 from posttrain.types import RewardResult, RewardStatus
 
 SHOWN = ("train/loss", "train/rewards/accuracies", "train/rewards/margins")
+SHOWN_OF_EACH_SOURCE = ("_loss", "_ranked_wrong")  # everything else is in metrics.jsonl
 
 
 class Progress:
@@ -38,8 +39,9 @@ class Progress:
             def advance(step: int, metrics: Mapping[str, float]) -> None:
                 held_out = {k: v for k, v in metrics.items() if k.startswith("held_out/")}
                 if held_out:
-                    names = {k.removeprefix("held_out/"): v for k, v in held_out.items()}
-                    self.note(f"step {step}", names)
+                    shown = {k.removeprefix("held_out/"): v for k, v in held_out.items()
+                             if k.endswith(SHOWN_OF_EACH_SOURCE)}  # fmt: skip
+                    self.note(f"step {step}", shown)
                     return
                 self._bar.update(step - self._bar.n)
                 shown = {k.removeprefix("train/"): v for k, v in metrics.items() if k in SHOWN}

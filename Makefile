@@ -7,8 +7,6 @@ FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 DATA   := .cache/data
 SEED   ?= 0
 RECIPE := recipes/nano/grpo_long_audio.yaml
-# a test that starts engines mostly waits for imports: two at once, where there is memory for both
-TESTS_AT_ONCE ?= $(shell awk '/^MemAvailable/ {print ($$2 > 16000000 ? 2 : 1)}' /proc/meminfo 2>/dev/null || echo 1)
 
 # pip's own link folder is handed on to uv; without one, the CPU build of torch has its own index
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
@@ -49,7 +47,7 @@ quickstart: setup data
 	$(PYTHON) -m posttrain.quickstart $(RECIPE) --seed $(SEED)
 
 test: setup
-	$(PYTHON) -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --cov=posttrain --cov=reward_models --cov=data_recipes --cov-report=term
+	$(PYTHON) -m pytest --cov=posttrain --cov=reward_models --cov=data_recipes --cov-report=term
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -82,7 +82,7 @@ def test_a_clip_plays_and_a_cited_time_is_heard(opened: tuple[Any, list[str]]) -
     )
     assert abs(position - 1.5) <= 0.1
     page.wait_for_function("() => document.querySelector('#detail audio').paused")
-    assert 1.9 <= page.evaluate("document.querySelector('#detail audio').currentTime") <= 3.0
+    assert 1.9 <= page.evaluate("document.querySelector('#detail audio').currentTime") <= 2.6
     assert wrong == []
 
 

@@ -31,7 +31,7 @@ def test_lost_workers_are_replaced_and_every_group_trains_once(
 
     def sample(self: grpo.GrpoLoop, rows: object, step: int) -> object:
         pool = self.cluster.pool
-        pool.timeout_s = 45.0 if step in faults else 240.0
+        pool.timeout_s = 20.0 if step in faults else 240.0
         if step in faults:
             threading.Timer(0.1, os.kill, (pool.pids()[0], faults[step])).start()
         return plain_sample(self, rows, step)

@@ -52,7 +52,6 @@ def pairs_file(timelines: Path, tmp_path: Path) -> Path:
 
 
 CUTS = {
-    "one process, accumulated": ("training.per_device_train_batch_size=2",),
     "two processes, ZeRO-2": ("learner.num_processes=2", "training.per_device_train_batch_size=2"),
     "two processes, ZeRO-3, accumulated": ("learner.num_processes=2", "learner.zero_stage=3"),
 }

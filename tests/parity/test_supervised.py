@@ -26,12 +26,12 @@ SFT = ("kind=sft", "rewards={}", "training.max_steps=2", "training.warmup_ratio=
 
 
 def finish(recipe_file: Path, *overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Runs to the end: logged steps, and the last checkpoint's weights."""
+    """Runs to the end: logged steps, and the last checkpoint's weights, an adapter's among them."""
     folder = train(load_recipe(recipe_file, list(overrides)))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     last = max((folder / "checkpoints").glob("step-*"))
-    name = "adapter/adapter_model" if (last / "adapter").exists() else "model/model"
-    return metrics, load_file(last / f"{name}.safetensors")
+    files = [*last.glob("adapter/*.safetensors"), *last.glob("model/*.safetensors")]
+    return metrics, {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def relative(a: dict, b: dict, start: dict) -> float:
@@ -114,12 +114,20 @@ def test_the_reference_of_an_adapter_is_the_starting_model(
     assert after == pytest.approx(sum(margins) / len(margins), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("learner.zero_stage=2",),
+        ("learner.zero_stage=3", "model.train_projector=true", "model.train_embeddings=true"),
+    ],
+    ids=["adapter, ZeRO-2", "adapter and full weights beside it, ZeRO-3"],
+)
 def test_four_steps_equal_two_resumed_for_two(
-    recipe_file: Path, timelines: Path, tmp_path: Path
+    recipe_file: Path, timelines: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     """With a LoRA adapter, dropout, held-out losses and two ranks; killed right after step 2."""
     options = (
-        *SFT, "training.max_steps=4", "training.save_steps=2", "training.eval_steps=2",
+        *SFT, *more, "training.max_steps=4", "training.save_steps=2", "training.eval_steps=2",
         "lora.enabled=true", "lora.r=4", "lora.dropout=0.2", "learner.num_processes=2",
         "run_name=four", "training.save_total_limit=null",
     )  # fmt: skip
@@ -132,6 +140,9 @@ def test_four_steps_equal_two_resumed_for_two(
     assert steps(resumed, "train/loss") == pytest.approx(steps(whole, "train/loss"), rel=1e-5)
     assert steps(resumed, "train/learning_rate") == steps(whole, "train/learning_rate")
     assert len(steps(whole, "train/loss")) == 4
+    assert any(".lora_A." in name for name in expected)
+    beside = "multi_modal_projector.linear_1.weight" in expected
+    assert beside == ("model.train_projector=true" in more)
     start = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     difference = relative(weights, expected, start)
     print(f"resumed: {difference:.2e}")

@@ -42,6 +42,7 @@ class Progress:
                     shown = {k.removeprefix("held_out/"): v for k, v in held_out.items()
                              if k.endswith(SHOWN_OF_EACH_SOURCE)}  # fmt: skip
                     self.note(f"step {step}", shown)
+                    self._bar.set_postfix_str("")  # how far the scoring was
                     return
                 self._bar.update(step - self._bar.n)
                 shown = {k.removeprefix("train/"): v for k, v in metrics.items() if k in SHOWN}

@@ -182,7 +182,7 @@ def _refuse_changed_recipe(path: Path, recipe: Recipe) -> None:
 def _refuse_changed_data(
     run: Path, before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """A run goes on only with the rows it was started with, whatever their files are called."""
+    """A run goes on only with the rows it was started with."""
     for key in before.keys() & now.keys():
         if before[key]["sha256"] != now[key]["sha256"]:
             raise ValueError(

@@ -129,6 +129,8 @@ def test_the_time_left_is_that_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> 
         for clock[0] in (30.0, 60.0, 120.0):
             progress.scoring("scoring main 3/7")
         assert progress._bar.postfix == "scoring main 3/7"
+        advance(0, {"held_out/main_loss": 0.6, "held_out/main_nll": 0.6})
+        assert not progress._bar.postfix
         clock[0] = 122.0
         progress.scoring("")
         advance(1, {"train/loss": 0.5})
